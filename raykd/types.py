@@ -1,0 +1,170 @@
+"""The records that travel from prompt to optimizer step. No logic.
+
+Prompt -> TeacherOutput (teacher_serving/types.py) -> Example -> Batch -> StudentOutput -> LossReport
+
+Three invariants, each held by tests:
+
+* One axis. Every per-token array describes the token at its own index of `input_ids`; spans become marks on that axis.
+* One shift. Logits at t-1 predict token t; the shift happens once, in `losses/combine.py`.
+* One division. A loss is (sum, count); the count it is divided by is the one of the whole optimizer step (all ranks, all
+  micro-batches, each term its own tokens). Splitting, padding or adding workers changes nothing.
+
+Shape letters: B sequences, T positions, V vocabulary, K teacher top-k entries, H hidden size, L layers,
+N supervised (response) tokens of a batch, packed in row-major order of [B, T].
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+
+class Mark(enum.IntFlag):
+    """What a token is, as bits of `Example.marks` and `Batch.marks`. A token may carry several."""
+
+    RESPONSE = 1  # written by the assistant (tool calls and the end-of-turn token included): supervised
+    TOOL_NAME = 2  # overlaps a tool name inside a call (without its quotes)
+    ARGUMENT_STRUCTURE = 4  # braces, brackets, colons, commas, quotes of a call's arguments
+    ARGUMENT_KEY = 8
+    ARGUMENT_VALUE = 16
+    INTEGRATION = 32  # response token that reuses a value of a tool result
+
+
+ARGUMENT_MARKS = Mark.ARGUMENT_STRUCTURE | Mark.ARGUMENT_KEY | Mark.ARGUMENT_VALUE
+
+
+class Source(enum.IntEnum):
+    """Who wrote the response of a sequence; decides which losses apply to it."""
+
+    GOLD = 0  # the recorded conversation (human or any other author): ce_truth
+    TEACHER = 1  # the teacher: ce_teacher
+    STUDENT = 2  # the student: kd only, never cross-entropy on its own tokens
+
+
+class Span(NamedTuple):
+    """Half-open range [start, end): characters of a text, or tokens of `input_ids`; the function says which."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One validated row of the user's data, rendered and tokenised once.
+
+    `recorded_ids` is None when the teacher is to write the completion; otherwise the rest of the recorded conversation,
+    and `response_mask` [len(recorded_ids)] says which of those tokens the assistant wrote.
+    """
+
+    uid: int  # stable id: hash of source and key (see data/sources.py); epochs derive their own from it
+    key: str  # the row's own id, or file:line
+    messages_json: str  # conversation up to the completion, as JSON text
+    tools_json: str  # offered tools in the OpenAI form, as JSON text; "[]" without tools
+    prompt_ids: np.ndarray  # int32 [P]
+    recorded_ids: np.ndarray | None = None  # int32 [T]
+    response_mask: np.ndarray | None = None  # bool [T]
+    held_out: bool = False  # a validation prompt: never trained on
+
+
+EXAMPLE_SCHEMA = pa.schema(
+    [
+        ("uid", pa.int64()),
+        ("held_out", pa.bool_()),
+        ("source", pa.int8()),
+        ("input_ids", pa.list_(pa.int32())),  # [T] prompt and completion
+        ("marks", pa.list_(pa.uint16())),  # [T] bits of Mark
+        ("topk_ids", pa.list_(pa.int32())),  # [R*K] R = tokens marked RESPONSE; empty without teacher scores
+        ("topk_logprobs", pa.list_(pa.float16())),  # [R*K]
+        ("log_tail", pa.list_(pa.float32())),  # [R]
+        ("top_k", pa.int32()),  # K; 0 without teacher scores
+        ("teacher_id", pa.string()),
+        ("num_calls", pa.int32()),  # tool calls found in the response
+        ("num_truncated_calls", pa.int32()),  # calls that the end of the text cut off
+    ]
+)
+"""Arrow form of `Example`: what the extractors emit and the collate step reads. One row per sequence, plain list columns."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training sequence: `EXAMPLE_SCHEMA` as NumPy arrays."""
+
+    uid: int
+    source: Source
+    input_ids: np.ndarray  # int32 [T]
+    marks: np.ndarray  # uint16 [T]
+    topk_ids: np.ndarray  # int32 [R, K]
+    topk_logprobs: np.ndarray  # float16 [R, K], nats; -inf marks a missing entry
+    log_tail: np.ndarray  # float32 [R], nats
+    teacher_id: str = ""
+    held_out: bool = False
+    num_calls: int = 0
+    num_truncated_calls: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A padded micro-batch. The N response tokens are also listed once, packed, so that no loss sees padding."""
+
+    uid: torch.Tensor  # int64 [B]
+    input_ids: torch.Tensor  # int64 [B, T], right-padded
+    attention_mask: torch.Tensor  # bool [B, T]
+    marks: torch.Tensor  # int32 [B, T], bits of Mark; 0 on padding
+    response_index: torch.Tensor  # int64 [N], position of each response token in the flattened [B*T]; never column 0
+    response_source: torch.Tensor  # int8 [N], Source of the token's sequence
+    topk_ids: torch.Tensor  # int64 [N, K]; K is the widest of the batch
+    topk_logprobs: torch.Tensor  # float32 [N, K]; -inf marks a missing entry
+    log_tail: torch.Tensor  # float32 [N]
+    has_teacher: torch.Tensor  # bool [N], False where the sequence has no teacher scores
+
+    @property
+    def response_marks(self) -> torch.Tensor:
+        """Marks of the N response tokens, int32 [N]."""
+        return self.marks.flatten()[self.response_index]
+
+    @property
+    def response_ids(self) -> torch.Tensor:
+        """Token ids of the N response tokens (the labels), int64 [N]."""
+        return self.input_ids.flatten()[self.response_index]
+
+    def to(self, device: torch.device | str) -> Batch:
+        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items()}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class StudentOutput:
+    """What one forward pass of the student yields; nothing that no loss asked for."""
+
+    hidden: torch.Tensor  # [B, T, H] after the final norm: the input of the LM head
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """A loss as (sum, count), in nats and tokens; `sum` carries the graph, `count` does not."""
+
+    sum: torch.Tensor  # scalar
+    count: torch.Tensor  # scalar, float32: sum of the token weights
+
+    def mean(self) -> torch.Tensor:
+        """sum / count, and exactly 0 (with its graph kept) when nothing was supervised."""
+        return self.sum / torch.where(self.count > 0, self.count, torch.ones_like(self.count))
+
+
+@dataclass(frozen=True)
+class LossReport:
+    """The loss of one micro-batch, ready for backward, and what it is made of. Detached tensors: no host sync here.
+
+    `total` = sum over parts of weight * part.sum / (count of the whole optimizer step), so that summing `total` over
+    micro-batches and ranks gives the loss of the step.
+    """
+
+    total: torch.Tensor  # scalar with graph
+    parts: Mapping[str, TokenLoss]  # by loss name; sums detached, unweighted
+    metrics: Mapping[str, TokenLoss]  # accuracies and the like as (sum, count), detached

@@ -1,0 +1,76 @@
+"""What a teacher is asked and what it answers, as Arrow tables. No logic beyond the schemas.
+
+In:  a table of PROMPT_SCHEMA (generate) or SEQUENCE_SCHEMA (score).
+Out: a table of TEACHER_OUTPUT_SCHEMA, rows in the order of the request.
+
+Shape letters: P prompt tokens, T output tokens, K top-k entries, V vocabulary. Log-probabilities are in nats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import pyarrow as pa
+
+PROMPT_SCHEMA = pa.schema(
+    [
+        ("uid", pa.int64()),
+        ("prompt_ids", pa.list_(pa.int32())),  # [P]
+    ]
+)
+
+SEQUENCE_SCHEMA = pa.schema(
+    [
+        ("uid", pa.int64()),
+        ("prompt_ids", pa.list_(pa.int32())),  # [P]
+        ("output_ids", pa.list_(pa.int32())),  # [T] given text whose every position is scored
+    ]
+)
+
+TEACHER_OUTPUT_SCHEMA = pa.schema(
+    [
+        ("uid", pa.int64()),
+        ("prompt_ids", pa.list_(pa.int32())),  # [P]
+        ("output_ids", pa.list_(pa.int32())),  # [T]
+        ("topk_ids", pa.list_(pa.int32())),  # [T*K] rank order, the sampled token's duplicate column dropped
+        ("topk_logprobs", pa.list_(pa.float16())),  # [T*K] raw, temperature 1, full vocabulary; missing = -inf
+        ("log_tail", pa.list_(pa.float32())),  # [T] log of the mass outside the K, before the cast to half
+        ("sampled_logprob", pa.list_(pa.float32())),  # [T] of the emitted (or given) token
+        ("top_k", pa.int32()),
+        ("finish_reason", pa.string()),  # stop | length | given (scored text) | error: ... (nothing came back)
+        ("teacher_id", pa.string()),
+        ("teacher_fingerprint", pa.string()),  # hash of model, tokenizer and sampling
+        ("weight_version", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class TeacherInfo:
+    """What a teacher can deliver; known from its files, before any weight is loaded."""
+
+    teacher_id: str
+    fingerprint: str  # model + tokenizer + sampling: the key of cached output
+    vocabulary_fingerprint: str  # of the id-to-token map: must equal the student's
+    vocab_size: int  # rows of the LM head
+    max_model_len: int  # tokens, prompt and output together
+    eos_token_ids: tuple[int, ...]
+
+
+class Teacher(Protocol):
+    """A model that writes and scores. Methods may be called from several threads at once."""
+
+    info: TeacherInfo
+
+    def generate(self, prompts: pa.Table) -> pa.Table:
+        """Write a completion for every row of PROMPT_SCHEMA; return TEACHER_OUTPUT_SCHEMA in the same order."""
+        ...
+
+    def score(self, sequences: pa.Table) -> pa.Table:
+        """Top-k of the teacher at every output position of SEQUENCE_SCHEMA; return TEACHER_OUTPUT_SCHEMA in the same order."""
+        ...
+
+    def close(self) -> None:
+        """Release the model. Idempotent."""
+        ...
