@@ -86,6 +86,8 @@ EXAMPLE_SCHEMA = pa.schema(
         ("teacher_id", pa.string()),
         ("num_calls", pa.int32()),  # tool calls found in the response
         ("num_truncated_calls", pa.int32()),  # calls that the end of the text cut off
+        ("teacher_seconds", pa.float32()),  # engine time spent on the row; 0 when it came from the cache
+        ("teacher_wait_seconds", pa.float32()),  # engine idle time before the row's block: the trainer was slower
     ]
 )
 """Arrow form of `Example`: what the extractors emit and the collate step reads. One row per sequence, plain list columns."""

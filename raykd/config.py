@@ -1,0 +1,264 @@
+"""Every option of raykd: typed, documented, validated. The only place with defaults.
+
+In: nothing but Python values (raykd/cli.py reads files and overrides). Out: a frozen `Config`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from teacher_serving.config import TeacherConfig
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Weight = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class RunConfig(Section):
+    """Where a run lives."""
+
+    name: str = Field("run", min_length=1, pattern=r"^[\w.\-]+$")
+    """Name of the run; its folder is `<dir>/<name>`."""
+    dir: str = "runs"
+    """Folder of all runs. On a cluster: a path that every node sees."""
+    seed: int = Field(0, ge=0)
+    """Seed of everything random: student initialisation, order of the prompts, sampling, dropout."""
+
+
+class DataConfig(Section):
+    """From the user's files to examples."""
+
+    prompts: str
+    """Training prompts: a JSONL or Parquet file, a folder of either, or a Hugging Face dataset saved to disk.
+    Rows have `messages` (and `tools`) in the OpenAI form, or `prompt`."""
+    held_out: str | None = None
+    """Prompts for validation, same formats; never trained on. None: no validation."""
+    max_held_out: int = Field(256, ge=1)
+    """At most this many held-out prompts are used for validation while training."""
+    completions: Literal["teacher", "recorded"] = "teacher"
+    """teacher: the teacher writes the next assistant turn. recorded: the conversation's own assistant turns are
+    supervised and the teacher scores them."""
+    on_long_prompt: Literal["reject", "truncate_left"] = "reject"
+    """What to do with a prompt that does not fit the teacher's context beside the completion. Both are counted."""
+    max_rejected_fraction: Fraction = 0.01
+    """The run fails when a larger share of the rows is unusable; each is kept in rejected.jsonl with its reason."""
+    shuffle: bool = True
+    """Draw a new order of the prompts for every epoch (from run.seed)."""
+    fixed_order: bool = False
+    """Deliver examples in exactly that order, whichever teacher is done first. Slower; for reproducible runs."""
+    max_lead_tokens: int = Field(1_000_000, ge=1)
+    """How far the teachers may run ahead of the trainer, in completion tokens."""
+    num_extractors: int = Field(1, ge=1)
+    """Actors that turn teacher output into examples."""
+    extractor_cpus: float = Field(0.25, gt=0)
+    """Logical CPUs of one extractor actor."""
+    teacher_cache: str | None = None
+    """Folder where the teacher's output is kept and looked up (matched by prompt and teacher fingerprint), so that later
+    epochs and runs cost no teacher time. None: `teacher_cache/` in the run folder."""
+
+
+class StudentConfig(Section):
+    """The model that learns."""
+
+    model: str
+    """Hugging Face folder of the student (or, with `random_weights`, a folder or file with its config.json)."""
+    random_weights: bool = False
+    """Start from random weights (seed: run.seed) instead of the folder's."""
+    layers: tuple[int, ...] | None = None
+    """Keep only these decoder layers of `model`, in this order: a student cut out of a larger model, such as the teacher."""
+    tokenizer: str | None = None
+    """Folder of the tokenizer. None: `model`. Must have the teacher's vocabulary."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation of transformers."""
+
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tvd", "skewed_forward_kl", "skewed_reverse_kl"]
+Support = Literal["topk_tail", "topk_renorm", "topk_zero"]
+
+
+class LossConfig(Section):
+    """Weights of the losses and how they are computed. A weight of 0 switches a loss off."""
+
+    kd: Weight = 1.0
+    """Divergence between the teacher's and the student's next-token distributions, on all response tokens."""
+    ce_teacher: Weight = 0.0
+    """Cross-entropy on text that the teacher wrote."""
+    ce_truth: Weight = 0.0
+    """Cross-entropy on recorded text (data.completions=recorded)."""
+    tool_name: Weight = 0.0
+    """Cross-entropy on the tokens of tool names."""
+    json_argument: Weight = 0.0
+    """Cross-entropy on the tokens of tool-call arguments."""
+    integration_copy: Weight = 0.0
+    """Cross-entropy on response tokens that reuse a value of a tool result."""
+
+    kd_divergence: Divergence = "forward_kl"
+    """forward_kl is KL(teacher || student); jsd = kd_beta*KL(T||M) + (1-kd_beta)*KL(S||M), M = kd_beta*T + (1-kd_beta)*S."""
+    kd_support: Support = "topk_tail"
+    """topk_tail: the teacher's K ids and one bucket for the rest; topk_renorm: both sides renormalised over the K;
+    topk_zero: teacher renormalised over the K, student over the whole vocabulary."""
+    kd_beta: Fraction = 0.5
+    """Mixture weight of jsd and of the skewed divergences."""
+    kd_temperature: float = Field(1.0, gt=0.0)
+    """Softening temperature; the loss carries temperature squared. Other than 1 only with topk_renorm or topk_zero."""
+    ce_teacher_target: Literal["sampled", "argmax"] = "sampled"
+    """sampled: the token the teacher emitted; argmax: its most likely token given the same prefix."""
+    json_structure_weight: Weight = 1.0
+    """Weight of braces, brackets, colons, commas and quotes within json_argument."""
+    json_key_weight: Weight = 1.0
+    """Weight of argument names within json_argument."""
+    json_value_weight: Weight = 1.0
+    """Weight of argument values within json_argument."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weights of the losses that are on, by name."""
+        names = ("kd", "ce_teacher", "ce_truth", "tool_name", "json_argument", "integration_copy")
+        return {name: getattr(self, name) for name in names if getattr(self, name) > 0}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.weights:
+            raise ValueError("every loss weight is 0: set at least one of the weights in `loss` above 0")
+        if self.kd_temperature != 1.0 and self.kd_support == "topk_tail":
+            raise ValueError(
+                f"loss.kd_temperature={self.kd_temperature} with loss.kd_support=topk_tail: the teacher's mass outside its "
+                "top-k is unknown at a temperature other than 1; use kd_temperature=1 or kd_support=topk_renorm"
+            )
+        if self.weights.keys() == {"json_argument"} and not (
+            self.json_structure_weight or self.json_key_weight or self.json_value_weight
+        ):
+            raise ValueError("loss.json_argument is the only loss but all its class weights are 0")
+        return self
+
+
+class TrainConfig(Section):
+    """The optimisation."""
+
+    epochs: int = Field(1, ge=1)
+    """Passes over the prompts. Epochs after the first read the teacher's cached output."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after this many optimizer steps, also in the middle of an epoch. None: all epochs."""
+    num_workers: int = Field(1, ge=1)
+    """Data-parallel train workers."""
+    use_gpu: bool = False
+    """One GPU per worker (nccl) instead of CPUs (gloo)."""
+    cpus_per_worker: float = Field(1.0, gt=0)
+    """Logical CPUs reserved per worker."""
+    threads_per_worker: int = Field(1, ge=1)
+    """torch threads of a worker."""
+    sequences_per_step: int = Field(32, ge=1)
+    """Sequences of one optimizer step, over all workers and micro-batches."""
+    max_tokens_per_micro_batch: int = Field(16_384, ge=1)
+    """Padded tokens of one forward pass; a step is split into as many micro-batches as that takes. No effect on the result."""
+    learning_rate: float = Field(1e-4, gt=0)
+    """Peak learning rate of AdamW."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after warm-up."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises linearly from 0."""
+    min_learning_rate_fraction: Fraction = 0.1
+    """Share of the peak that cosine and linear end at."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """AdamW's betas."""
+    weight_decay: float = Field(0.01, ge=0)
+    """AdamW's weight decay; not applied to vectors (norms, biases)."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this norm."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: autocast of the forward pass; weights and optimizer stay in float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    log_every: int = Field(10, ge=1)
+    """Steps between log entries."""
+    validate_every: int = Field(100, ge=1)
+    """Steps between validations on the held-out prompts (also at the end)."""
+    checkpoint_every: int = Field(500, ge=1)
+    """Steps between checkpoints (also at the end)."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """The newest so many checkpoints are kept."""
+    max_skipped_steps: int = Field(3, ge=1)
+    """A step whose loss is not finite is skipped; after so many in a row the run stops."""
+    max_failures: int = Field(3, ge=0)
+    """Restarts of the workers from the last checkpoint before the run gives up."""
+
+
+class EvaluateConfig(Section):
+    """Judging teacher, student and untrained student on held-out prompts."""
+
+    max_prompts: int = Field(500, ge=1)
+    """At most this many prompts of data.held_out."""
+    max_tokens: int = Field(256, ge=1)
+    """Completion tokens per prompt."""
+    num_bootstrap: int = Field(1000, ge=1)
+    """Resamples of the 95 % confidence intervals."""
+    num_examples: int = Field(10, ge=0)
+    """Decoded examples in the report."""
+
+
+class TrackingConfig(Section):
+    """Where metrics go besides metrics.jsonl, which is always written."""
+
+    progress_bar: bool = True
+    """One line with steps, ETA, throughput, waits and losses."""
+    tensorboard: bool = True
+    """Write TensorBoard files into the run folder."""
+    wandb_project: str | None = None
+    """Weights & Biases project; None: off. Without an account set WANDB_MODE=offline."""
+
+
+class RayConfig(Section):
+    """The cluster. Inside `ray job submit` and next to a running head node nothing needs to be set."""
+
+    address: str | None = None
+    """Address of a running cluster; None: RAY_ADDRESS, else a local Ray is started."""
+    num_cpus: int | None = Field(None, ge=1)
+    """Logical CPUs of a local Ray; None: the machine's, at least 8 (they are bookkeeping, not pinning)."""
+    object_store_bytes: int | None = Field(None, ge=80_000_000)
+    """Object store of a local Ray; None: Ray's default."""
+
+
+class Config(Section):
+    """The whole run."""
+
+    run: RunConfig = RunConfig()
+    teacher: TeacherConfig
+    student: StudentConfig
+    data: DataConfig
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        losses = self.loss.weights
+        if self.data.completions == "teacher" and "ce_truth" in losses:
+            raise ValueError(
+                f"loss.ce_truth={losses['ce_truth']} with data.completions=teacher: there is no recorded text to learn from; "
+                "set data.completions=recorded or loss.ce_truth=0 (ce_teacher is the loss on the teacher's text)"
+            )
+        if self.data.completions == "recorded" and "ce_teacher" in losses and self.loss.ce_teacher_target == "sampled":
+            raise ValueError(
+                f"loss.ce_teacher={losses['ce_teacher']} with data.completions=recorded: the teacher writes nothing; use "
+                "loss.ce_truth, or loss.ce_teacher_target=argmax"
+            )
+        if self.train.sequences_per_step < self.train.num_workers:
+            raise ValueError(
+                f"train.sequences_per_step={self.train.sequences_per_step} is below train.num_workers="
+                f"{self.train.num_workers}: every worker needs at least one sequence per step"
+            )
+        if self.data.max_lead_tokens < self.train.sequences_per_step:
+            raise ValueError(
+                f"data.max_lead_tokens={self.data.max_lead_tokens} is below train.sequences_per_step="
+                f"{self.train.sequences_per_step}: the first step could never be filled"
+            )
+        return self
