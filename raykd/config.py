@@ -157,7 +157,7 @@ class TrainConfig(Section):
     sequences_per_step: int = Field(32, ge=1)
     """Sequences of one optimizer step, over all workers and micro-batches."""
     max_tokens_per_micro_batch: int = Field(16_384, ge=1)
-    """Padded tokens of one forward pass; a step is split into as many micro-batches as that takes. No effect on the result."""
+    """Padded tokens of one forward pass; a step is split into as many micro-batches as it takes. No effect on the result."""
     learning_rate: float = Field(1e-4, gt=0)
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -223,6 +223,8 @@ class RayConfig(Section):
     """Logical CPUs of a local Ray; None: the machine's, at least 8 (they are bookkeeping, not pinning)."""
     object_store_bytes: int | None = Field(None, ge=80_000_000)
     """Object store of a local Ray; None: Ray's default."""
+    dashboard: bool = True
+    """Start the dashboard with a local Ray."""
 
 
 class Config(Section):
@@ -243,7 +245,7 @@ class Config(Section):
         losses = self.loss.weights
         if self.data.completions == "teacher" and "ce_truth" in losses:
             raise ValueError(
-                f"loss.ce_truth={losses['ce_truth']} with data.completions=teacher: there is no recorded text to learn from; "
+                f"loss.ce_truth={losses['ce_truth']} with data.completions=teacher: there is no recorded text to learn; "
                 "set data.completions=recorded or loss.ce_truth=0 (ce_teacher is the loss on the teacher's text)"
             )
         if self.data.completions == "recorded" and "ce_teacher" in losses and self.loss.ce_teacher_target == "sampled":

@@ -1,0 +1,36 @@
+# Every target sets the project up first (scripts/setup.sh; a second time it takes no time).
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint report bench
+
+PYTHON := .venv/bin/python
+# Settings for a teacher on the CPU and for a quiet local Ray; a real cluster sets its own.
+export VLLM_LOGGING_LEVEL ?= ERROR
+export VLLM_NO_USAGE_STATS ?= 1
+export RAY_AUTH_MODE ?= disabled
+export WANDB_MODE ?= offline
+export HF_HUB_OFFLINE ?= 1
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: ## make .venv with everything in it
+	@scripts/setup.sh
+
+demo: setup ## distil the demo student from the live demo teacher, judge it, write the report (about 10 minutes on 2 cores)
+	@scripts/demo.sh
+
+test: setup lint ## ruff, pyright, pytest
+	@$(PYTHON) -m pytest
+
+lint: setup
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/pyright
+
+report: setup ## write the report of a run again: make report CONFIG="configs/demo.yaml run.name=demo"
+	@$(PYTHON) -m raykd.evaluate --report-only --config $(or $(CONFIG),configs/demo.yaml)
+
+bench: setup ## all benchmarks; figures in bench/*.json
+	@$(PYTHON) scripts/bench_head.py
+	@$(PYTHON) scripts/bench_teacher.py
+	@$(PYTHON) scripts/bench_pipeline.py

@@ -1,0 +1,271 @@
+"""From a command line to a run: `--config a.yaml b.yaml key=value …` -> Config, run folder, logging, Ray.
+
+In: argv, YAML files. Out: a validated `Config`; the run folder with its config.yaml; a connected Ray.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import ray
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from raykd.config import Config
+
+logger = logging.getLogger(__name__)
+
+PATH_KEYS = (
+    "run.dir",
+    "data.prompts",
+    "data.held_out",
+    "data.teacher_cache",
+    "student.model",
+    "student.tokenizer",
+    "teacher.model",
+)
+"""Options that name files. Workers run in other folders, so relative paths that exist are made absolute once, here."""
+
+CHANGEABLE_ON_RESUME = (
+    "ray.",
+    "tracking.",
+    "evaluate.",
+    "train.log_every",
+    "train.validate_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.max_failures",
+    "train.max_skipped_steps",
+    "teacher.num_replicas",
+)
+"""Options (and prefixes of options) that do not change what is learned."""
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used: found, expected, what to change."""
+
+
+def parse(argv: Sequence[str] | None, description: str, *flags: str) -> tuple[Config, argparse.Namespace]:
+    """Read `--config FILE … key=value …` and the command's own boolean `flags` (such as "--plan").
+
+    Files merge deeply from left to right, lists replace, then `a.b=value` is parsed as YAML. Errors: ConfigError naming
+    the file, the dotted path and the nearest valid name.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--config",
+        nargs="+",
+        required=True,
+        metavar="FILE|key=value",
+        help="YAML files, merged from left to right, then overrides",
+    )
+    for flag in flags:
+        parser.add_argument(flag, action="store_true")
+    args, rest = parser.parse_known_args(argv)
+    unknown = [word for word in rest if "=" not in word or word.startswith("-")]
+    if unknown:
+        parser.error(f"unrecognised arguments: {' '.join(unknown)}")
+    words = [*args.config, *rest]
+    files = [word for word in words if "=" not in word]
+    overrides = [word for word in words if "=" in word]
+    return load_config(files, overrides), args
+
+
+def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
+    """Merge YAML files and `a.b=value` overrides into a validated Config. Errors: ConfigError."""
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}  # dotted path -> file that set it last
+    for file in files:
+        _merge(merged, _read_yaml(Path(file)), origins, str(file))
+    for override in overrides:
+        key, _, text = override.partition("=")
+        try:
+            value: Any = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"command line: {override!r}: the value is not YAML: {error}") from error
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        _merge(merged, value, origins, "command line")
+    try:
+        config = Config.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item, origins) for item in error.errors())) from error
+    return _with_absolute_paths(config)
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise ConfigError(f"--config: found no file {str(file)!r}; overrides have the form key=value")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: found a {type(content).__name__} at the top, expected sections such as `train:`")
+    return content
+
+
+def _merge(target: dict[str, Any], source: Mapping[str, Any], origins: dict[str, str], origin: str, path: str = "") -> None:
+    for key, value in source.items():
+        dotted = f"{path}{key}"
+        if isinstance(value, Mapping) and isinstance(target.get(key), dict):
+            _merge(target[key], value, origins, origin, dotted + ".")
+            continue
+        target[key] = value
+        origins[dotted] = origin
+        for inner, _ in _flatten(value, dotted + "."):
+            origins[inner] = origin
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted path and value of everything in nested mappings, the mappings themselves left out."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if isinstance(inner, Mapping):
+                yield from _flatten(inner, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", inner
+
+
+def _explain(item: Any, origins: Mapping[str, str]) -> str:
+    """One validation error as: where, what was found, what was expected."""
+    location = [str(part) for part in item["loc"]]
+    valid = _valid_names(location[:-1])
+    # pydantic puts the chosen `kind` of a union into the location: not part of the user's path
+    dotted = ".".join(part for i, part in enumerate(location) if not (i == 1 and location[0] == "teacher" and part in KINDS))
+    prefix = f"{origin}: " if (origin := _origin(dotted, origins)) else ""
+    if item["type"] == "extra_forbidden":
+        nearest = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.5)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; valid names are {', '.join(sorted(valid))}"
+        return f"{prefix}{dotted}: no such option{hint}"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return f"{prefix}{message}"
+    if item["type"] == "missing":
+        return f"{prefix}{dotted}: is missing and has no default"
+    return f"{prefix}{dotted}: found {item['input']!r}: {message}"
+
+
+def _origin(dotted: str, origins: Mapping[str, str]) -> str:
+    inside = [origin for path, origin in origins.items() if path == dotted or path.startswith(dotted + ".")]
+    return inside[-1] if dotted and inside else ""
+
+
+def _members(annotation: Any) -> list[type[BaseModel]]:
+    """The models that an annotation (a model, a union, an Annotated union) may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _members(argument)]
+
+
+KINDS = {str(model.model_fields["kind"].default) for model in _members(Config.model_fields["teacher"].rebuild_annotation())}
+
+
+def _valid_names(location: Sequence[str]) -> list[str]:
+    """Names of the options of the section at `location`."""
+    models: list[type[BaseModel]] = [Config]
+    for part in location:
+        if part in KINDS and all("kind" in model.model_fields for model in models):
+            models = [model for model in models if model.model_fields["kind"].default == part]
+        else:
+            models = [
+                inner
+                for model in models
+                if part in model.model_fields
+                for inner in _members(model.model_fields[part].rebuild_annotation())
+            ]
+    return [name for model in models for name in model.model_fields]
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    values = config.model_dump()
+    for key in PATH_KEYS:
+        section, name = key.split(".")
+        value = values[section].get(name)
+        if value is not None and (key == "run.dir" or Path(value).exists()):
+            values[section][name] = str(Path(value).absolute())
+    return Config.model_validate(values)
+
+
+def run_folder(config: Config) -> Path:
+    """Folder of the run: `<run.dir>/<run.name>`."""
+    return Path(config.run.dir) / config.run.name
+
+
+def open_run(config: Config, *, resume: bool = False) -> Path:
+    """Make the run folder and save the resolved config in it, or continue in an existing one.
+
+    Errors: ConfigError when the folder holds a run and `resume` is off, when there is nothing to resume, or when the
+    run was started with other options that change what is learned.
+    """
+    folder = run_folder(config)
+    saved = folder / "config.yaml"
+    if not resume:
+        if saved.exists():
+            raise ConfigError(
+                f"{folder} already holds a run: continue it with --resume, or choose another run.name, or remove the folder"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+    else:
+        if not saved.exists():
+            raise ConfigError(f"--resume: found no {saved}; start the run without --resume, or check run.dir and run.name")
+        differences = _differences(load_config([saved]), config)
+        if differences:
+            listed = "\n".join(f"  {key}: the run has {old!r}, now {new!r}" for key, (old, new) in differences.items())
+            raise ConfigError(f"{folder} was started with another config:\n{listed}\nUse its values or another run.name.")
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    temporary = saved.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, saved)
+    return folder
+
+
+def _differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    before, after = dict(_flatten(old.model_dump())), dict(_flatten(new.model_dump()))
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    return {key: (before.get(key), after.get(key)) for key in keys if not key.startswith(CHANGEABLE_ON_RESUME)}
+
+
+def start_ray(config: Config) -> None:
+    """Connect to the running cluster (ray.address, RAY_ADDRESS, a head node of this machine), else start a local Ray."""
+    if ray.is_initialized():
+        return
+    options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
+    try:
+        ray.init(address=config.ray.address or "auto", **options)
+    except ConnectionError as error:
+        if config.ray.address is not None or os.environ.get("RAY_ADDRESS"):
+            address = config.ray.address or os.environ["RAY_ADDRESS"]
+            raise ConfigError(f"no Ray cluster answers at {address!r}: start one or leave ray.address empty") from error
+        ray.init(
+            num_cpus=config.ray.num_cpus or max(8, os.cpu_count() or 1),
+            object_store_memory=config.ray.object_store_bytes,
+            include_dashboard=config.ray.dashboard,
+            **options,
+        )
+
+
+def set_up_logging() -> None:
+    """Log to stderr: time, level, module, message; third parties only from warnings on."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    for package in ("raykd", "teacher_serving"):
+        logging.getLogger(package).setLevel(logging.INFO)
+
+
+def exit_code(command: Callable[[], int | None]) -> int:
+    """Run a command; a ValueError is the user's to mend and is shown as one message without a traceback."""
+    set_up_logging()
+    try:
+        return command() or 0
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1

@@ -1,0 +1,212 @@
+"""Everything that can be known to go wrong before a model loads, and the start-up summary that shows the arithmetic.
+
+In: Config, the files it names, the cluster's resources. Out: a `Plan`; ValueError with found / expected / what to change.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.syntax import Syntax
+from rich.table import Table
+from transformers import AutoTokenizer
+
+from raykd.config import Config
+from raykd.student.model import count_parameters, student_config
+from teacher_serving.identity import describe, vocabulary_fingerprint
+from teacher_serving.types import TeacherInfo
+
+BYTES_PER_CHECKPOINT_PARAMETER = 12  # float32 weights and two Adam moments
+BYTES_PER_TRAINED_PARAMETER = 16  # the same and the gradient
+
+
+class PreflightError(ValueError):
+    """The run cannot work as configured."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would run, in numbers."""
+
+    teacher: TeacherInfo
+    num_student_parameters: int
+    student_vocab_size: int
+    student_max_positions: int
+    train_cpus: float
+    train_gpus: int
+    teacher_cpus: float
+    teacher_gpus: float
+    extractor_cpus: float
+
+    @property
+    def cpus(self) -> float:
+        return self.train_cpus + self.teacher_cpus + self.extractor_cpus
+
+    @property
+    def gpus(self) -> float:
+        return self.train_gpus + self.teacher_gpus
+
+
+def check(config: Config) -> Plan:
+    """Check the config against the files it names; load nothing. Errors: PreflightError, ValueError of `describe`."""
+    for key in ("prompts", "held_out"):
+        path = getattr(config.data, key)
+        if path is not None and not Path(path).exists():
+            raise PreflightError(f"data.{key}: found no file or folder {path!r}")
+    teacher = describe(config.teacher)
+    architecture = student_config(config.student)
+    _check_vocabulary(config, teacher, architecture.vocab_size)
+    replicas = _max_replicas(config)
+    train = config.train
+    plan = Plan(
+        teacher=teacher,
+        num_student_parameters=count_parameters(architecture),
+        student_vocab_size=architecture.vocab_size,
+        student_max_positions=getattr(architecture, "max_position_embeddings", teacher.max_model_len),
+        train_cpus=train.num_workers * train.cpus_per_worker,
+        train_gpus=train.num_workers if train.use_gpu else 0,
+        teacher_cpus=replicas * config.teacher.num_cpus,
+        teacher_gpus=replicas * config.teacher.num_gpus,
+        extractor_cpus=config.data.num_extractors * config.data.extractor_cpus,
+    )
+    if plan.student_max_positions < teacher.max_model_len:
+        raise PreflightError(
+            f"the student has {plan.student_max_positions} positions, the teacher up to {teacher.max_model_len} tokens: "
+            f"set teacher.max_model_len={plan.student_max_positions} or take a student with a longer context"
+        )
+    _check_disk(config, plan)
+    return plan
+
+
+def _max_replicas(config: Config) -> int:
+    return config.teacher.max_replicas
+
+
+def _check_vocabulary(config: Config, teacher: TeacherInfo, student_vocab_size: int) -> None:
+    folder = config.student.tokenizer or config.student.model
+    found = vocabulary_fingerprint(folder)
+    if found != teacher.vocabulary_fingerprint:
+        raise PreflightError(
+            f"teacher {config.teacher.model!r} and student tokenizer {folder!r} have different vocabularies (fingerprints "
+            f"{teacher.vocabulary_fingerprint} and {found}): token ids would mean different text. Use a student of the "
+            "teacher's family, or set student.tokenizer to the teacher's folder if the student starts from random weights"
+        )
+    num_tokens = len_vocabulary(folder)
+    if student_vocab_size < num_tokens:
+        raise PreflightError(
+            f"the student's LM head has {student_vocab_size} rows, its tokenizer {num_tokens} tokens: there must be at least "
+            "as many rows (padding is fine); take the config.json that belongs to this tokenizer"
+        )
+    if config.teacher.top_k > min(num_tokens, student_vocab_size):
+        raise PreflightError(
+            f"teacher.top_k={config.teacher.top_k} is more than the vocabulary's {num_tokens} tokens: choose a smaller top_k"
+        )
+
+
+def len_vocabulary(folder: str) -> int:
+    """Tokens of the tokenizer in `folder`, added ones included."""
+    return len(AutoTokenizer.from_pretrained(folder))
+
+
+def _check_disk(config: Config, plan: Plan) -> None:
+    folder = Path(config.run.dir)
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    needed = plan.num_student_parameters * BYTES_PER_CHECKPOINT_PARAMETER * (config.train.keep_checkpoints + 1)
+    if free < needed:
+        raise PreflightError(
+            f"{folder} has {free / 2**30:.1f} GiB free; {config.train.keep_checkpoints} checkpoints and one more need "
+            f"{needed / 2**30:.1f} GiB: free some, choose another run.dir, or lower train.keep_checkpoints"
+        )
+
+
+def check_resources(plan: Plan, cluster: Mapping[str, float]) -> None:
+    """Compare what the run reserves with what the cluster has. Errors: PreflightError."""
+    for name, needed in (("CPU", plan.cpus), ("GPU", plan.gpus)):
+        available = cluster.get(name, 0.0)
+        if needed > available:
+            workers, teachers = (
+                (plan.train_cpus, plan.teacher_cpus) if name == "CPU" else (plan.train_gpus, plan.teacher_gpus)
+            )
+            raise PreflightError(
+                f"the run reserves {needed:g} {name}s (workers {workers:g}, teachers {teachers:g}), the cluster has "
+                f"{available:g}: lower train.num_workers or teacher.num_replicas, or add nodes"
+            )
+
+
+def print_summary(config: Config, plan: Plan, *, num_prompts: int | None, cluster: Mapping[str, float] | None) -> None:
+    """Print the resolved config, the batch arithmetic, the memory and the resources. `num_prompts` None: not known yet."""
+    parts = [
+        Panel(Syntax(_yaml(config), "yaml", background_color="default"), title="resolved config"),
+        Panel(_arithmetic(config, plan, num_prompts), title="the run in numbers"),
+        Panel(_resources(plan, cluster), title="resources"),
+    ]
+    Console().print(Group(*parts))
+
+
+def num_steps(config: Config, num_prompts: int) -> int:
+    """Optimizer steps of the whole run: every epoch ends with a step for what is left."""
+    per_epoch = -(-num_prompts // config.train.sequences_per_step)
+    return min(per_epoch * config.train.epochs, config.train.max_steps or 2**62)
+
+
+def _yaml(config: Config) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).strip()
+
+
+def _arithmetic(config: Config, plan: Plan, num_prompts: int | None) -> Table:
+    train = config.train
+    parameters = plan.num_student_parameters
+    activation = torch.bfloat16.itemsize if train.precision == "bfloat16" else torch.float32.itemsize
+    table = Table(box=None, show_header=False)
+    table.add_row("prompts", "counted when the run starts" if num_prompts is None else f"{num_prompts:,} for training")
+    table.add_row(
+        "one optimizer step",
+        f"{train.sequences_per_step} sequences = {train.num_workers} workers x "
+        f"{train.sequences_per_step / train.num_workers:g}, in micro-batches of at most "
+        f"{train.max_tokens_per_micro_batch:,} padded tokens",
+    )
+    if num_prompts is not None:
+        steps = num_steps(config, num_prompts)
+        table.add_row("steps", f"{steps:,} = {train.epochs} epochs x {-(-num_prompts // train.sequences_per_step):,}")
+    table.add_row("losses", ", ".join(f"{weight:g} x {name}" for name, weight in config.loss.weights.items()))
+    table.add_row("student", f"{parameters:,} parameters, {plan.student_vocab_size:,} LM-head rows")
+    table.add_row(
+        "memory of a worker",
+        f"{_mib(parameters * BYTES_PER_TRAINED_PARAMETER)} weights, gradients and Adam moments (float32), "
+        f"{_mib(train.max_tokens_per_micro_batch * activation * 1024)} for every 1,024 activation values kept per token",
+    )
+    table.add_row("one checkpoint", _mib(parameters * BYTES_PER_CHECKPOINT_PARAMETER))
+    table.add_row(
+        "teacher", f"{plan.teacher.teacher_id}, fingerprint {plan.teacher.fingerprint}, top-{config.teacher.top_k}"
+    )
+    table.add_row(
+        "teacher output",
+        f"{6 * top_k + 12} bytes a token on the wire; at most {config.data.max_lead_tokens:,} tokens ahead of the trainer "
+        f"= {_mib(config.data.max_lead_tokens * (6 * top_k + 12))}",
+    )
+    return table
+
+
+def _resources(plan: Plan, cluster: Mapping[str, float] | None) -> Table:
+    table = Table(box=None)
+    for column in ("", "train workers", "teachers", "extractors", "together", "cluster has"):
+        table.add_column(column, justify="right" if column else "left")
+    has = {"CPU": "?", "GPU": "?"} if cluster is None else {name: f"{cluster.get(name, 0):g}" for name in ("CPU", "GPU")}
+    table.add_row(
+        "CPUs", f"{plan.train_cpus:g}", f"{plan.teacher_cpus:g}", f"{plan.extractor_cpus:g}", f"{plan.cpus:g}", has["CPU"]
+    )
+    table.add_row("GPUs", f"{plan.train_gpus:g}", f"{plan.teacher_gpus:g}", "0", f"{plan.gpus:g}", has["GPU"])
+    return table
+
+
+def _mib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

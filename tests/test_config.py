@@ -1,0 +1,117 @@
+"""raykd/config.py and raykd/cli.py: what a user writes becomes one validated Config, or one clear message."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from raykd.cli import ConfigError, load_config, open_run, parse
+from raykd.config import Config
+
+MINIMAL = {
+    "teacher": {"kind": "hf", "model": "teacher"},
+    "student": {"model": "student"},
+    "data": {"prompts": "prompts.jsonl"},
+}
+
+
+def write(path: Path, content: object) -> str:
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> str:
+    return write(tmp_path / "minimal.yaml", MINIMAL | {"run": {"dir": str(tmp_path / "runs")}})
+
+
+def test_files_merge_deeply_and_overrides_win(tmp_path: Path, minimal: str):
+    second = write(tmp_path / "b.yaml", {"train": {"epochs": 2, "betas": [0.8, 0.9]}, "loss": {"kd": 2}})
+    config = load_config([minimal, second], ["train.learning_rate=3e-3", "loss.tool_name=0.5"])
+    assert (config.train.epochs, config.train.betas, config.train.learning_rate) == (2, (0.8, 0.9), 3e-3)
+    assert config.loss.weights == {"kd": 2.0, "tool_name": 0.5}
+    assert config.teacher.model == "teacher"
+
+
+def test_config_files_and_overrides_share_one_option(minimal: str):
+    config, args = parse(["--config", minimal, "run.seed=7", "--plan", "train.epochs=3"], "test", "--plan")
+    assert (config.run.seed, config.train.epochs, args.plan) == (7, 3, True)
+
+
+def test_the_resolved_config_is_itself_a_valid_config(tmp_path: Path, minimal: str):
+    config = load_config([minimal])
+    folder = open_run(config)
+    assert load_config([folder / "config.yaml"]) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.epoch=2", ["command line", "train.epoch", "did you mean 'epochs'"]),
+        ("trian.epochs=2", ["trian", "did you mean 'train'"]),
+        ("teacher.modle=x", ["teacher.modle", "did you mean 'model'"]),
+        ("train.epochs=two", ["command line", "train.epochs", "'two'"]),
+        ("train.epochs=0", ["train.epochs", "0", "greater than or equal to 1"]),
+        ("data.completions=human", ["data.completions", "'human'", "teacher", "recorded"]),
+        ("loss.kd=-1", ["loss.kd", "-1"]),
+        ("loss.kd=0", ["every loss weight is 0"]),
+        ("loss.ce_truth=1", ["loss.ce_truth=1.0", "data.completions=teacher"]),
+        ("loss.kd_temperature=2", ["loss.kd_temperature=2", "topk_tail", "topk_renorm"]),
+        ("train.num_workers=64", ["train.sequences_per_step=32", "train.num_workers=64"]),
+        ("teacher.kind=oracle", ["teacher", "oracle"]),
+    ],
+)
+def test_a_bad_option_is_named_with_its_value_and_the_way_out(minimal: str, override: str, words: list[str]):
+    with pytest.raises(ConfigError) as error:
+        load_config([minimal], [override])
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_an_unknown_key_names_its_file(tmp_path: Path, minimal: str):
+    second = write(tmp_path / "typo.yaml", {"loss": {"kdd": 1}})
+    with pytest.raises(ConfigError, match=r"typo\.yaml: loss\.kdd: no such option; did you mean 'kd'"):
+        load_config([minimal, second])
+
+
+def test_a_missing_option_and_a_missing_file_are_named(tmp_path: Path, minimal: str):
+    with pytest.raises(ConfigError, match=r"student\.model: is missing"):
+        load_config([write(tmp_path / "c.yaml", MINIMAL | {"student": {}})])
+    with pytest.raises(ConfigError, match=r"found no file 'nowhere\.yaml'"):
+        load_config(["nowhere.yaml"])
+
+
+def test_relative_paths_that_exist_become_absolute(tmp_path: Path, minimal: str, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "prompts.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    assert load_config([minimal]).data.prompts == str(tmp_path / "prompts.jsonl")
+    assert load_config([minimal]).student.model == "student"  # not a folder here: a name is left as it is
+
+
+def test_a_run_folder_is_not_used_twice_by_accident(minimal: str):
+    open_run(load_config([minimal]))
+    with pytest.raises(ConfigError, match="--resume"):
+        open_run(load_config([minimal]))
+    open_run(load_config([minimal], ["train.log_every=1"]), resume=True)  # changes nothing that is learned
+    with pytest.raises(ConfigError, match=r"train\.learning_rate: the run has 0\.0001, now 0\.5"):
+        open_run(load_config([minimal], ["train.learning_rate=0.5"]), resume=True)
+
+
+def test_resuming_a_run_that_never_started_is_refused(minimal: str):
+    with pytest.raises(ConfigError, match="--resume: found no"):
+        open_run(load_config([minimal]), resume=True)
+
+
+def test_every_option_is_documented_and_only_config_has_defaults():
+    def walk(model: type[BaseModel], path: str) -> None:
+        for name, field in model.model_fields.items():
+            inner = field.annotation
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                walk(inner, f"{path}{name}.")
+            elif path:
+                assert field.description, f"{path}{name} has no explanation"
+
+    walk(Config, "")
