@@ -101,8 +101,8 @@ def _check_vocabulary(config: Config, teacher: TeacherInfo, student_vocab_size: 
     num_tokens = len_vocabulary(folder)
     if student_vocab_size < num_tokens:
         raise PreflightError(
-            f"the student's LM head has {student_vocab_size} rows, its tokenizer {num_tokens} tokens: there must be at least "
-            "as many rows (padding is fine); take the config.json that belongs to this tokenizer"
+            f"the student's LM head has {student_vocab_size} rows, its tokenizer {num_tokens} tokens: there must be as "
+            "many rows or more (padding is fine); take the config.json that belongs to this tokenizer"
         )
     if config.teacher.top_k > min(num_tokens, student_vocab_size):
         raise PreflightError(
@@ -185,9 +185,8 @@ def _arithmetic(config: Config, plan: Plan, num_prompts: int | None) -> Table:
         f"{_mib(train.max_tokens_per_micro_batch * activation * 1024)} for every 1,024 activation values kept per token",
     )
     table.add_row("one checkpoint", _mib(parameters * BYTES_PER_CHECKPOINT_PARAMETER))
-    table.add_row(
-        "teacher", f"{plan.teacher.teacher_id}, fingerprint {plan.teacher.fingerprint}, top-{config.teacher.top_k}"
-    )
+    teacher, top_k = plan.teacher, config.teacher.top_k
+    table.add_row("teacher", f"{teacher.teacher_id}, fingerprint {teacher.fingerprint}, top-{top_k}")
     table.add_row(
         "teacher output",
         f"{6 * top_k + 12} bytes a token on the wire; at most {config.data.max_lead_tokens:,} tokens ahead of the trainer "
