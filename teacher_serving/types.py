@@ -74,3 +74,7 @@ class Teacher(Protocol):
     def close(self) -> None:
         """Release the model. Idempotent."""
         ...
+
+
+class TeacherDeadError(RuntimeError):
+    """The engine is gone and answers nothing any more: only a new process helps."""

@@ -1,0 +1,152 @@
+"""Every option of a teacher, typed, bounded and explained: the only place with their defaults.
+
+In:  keyword arguments or a mapping (from YAML), told apart by `kind`.
+Out: a frozen VllmTeacherConfig or HfTeacherConfig; `TeacherConfig` is the union of them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Strict(BaseModel):
+    """Frozen, and unknown keys are errors; field docstrings become the fields' descriptions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class SamplingConfig(Strict):
+    """How the teacher writes. Has no effect on text that is only scored."""
+
+    temperature: float = Field(default=0.0, ge=0.0, le=10.0)
+    """0 writes greedily. The recorded log-probabilities are those of temperature 1 all the same."""
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Sample from the smallest set of tokens that holds this much probability; 1 = off."""
+    sample_top_k: int = Field(default=0, ge=0)
+    """Sample from this many best tokens only; 0 = off. (`top_k` of the teacher is what it records.)"""
+    max_tokens: int = Field(default=512, ge=1)
+    """Longest completion in tokens; cut shorter where the context ends (finish_reason `length`)."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """With the uid it seeds each completion: what is written does not depend on the batch it is in."""
+    stop_token_ids: tuple[int, ...] | None = None
+    """Tokens that end a completion, and belong to it. None: the model's own end-of-sequence tokens."""
+
+    @model_validator(mode="after")
+    def _greedy_has_nothing_to_cut(self) -> SamplingConfig:
+        if self.temperature == 0.0 and (self.top_p < 1.0 or self.sample_top_k > 0):
+            raise ValueError(
+                f"sampling.temperature is 0 (greedy), so top_p={self.top_p} and sample_top_k={self.sample_top_k} "
+                "have no effect; expected top_p=1 and sample_top_k=0, or a temperature above 0"
+            )
+        return self
+
+
+class LocalTeacherConfig(Strict):
+    """What every teacher that loads a model itself has in common."""
+
+    model: str
+    """Hugging Face folder: config.json, *.safetensors, tokenizer.json."""
+    teacher_id: str | None = None
+    """Name in the data and in reports. None: the folder's name."""
+    weight_version: str = "0"
+    """Goes into every row; another version is another fingerprint, so cached output is not mixed."""
+    top_k: int = Field(default=64, ge=1, le=256)
+    """K: tokens per position whose log-probability is recorded. At most the vocabulary."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How the teacher writes."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of weights and activations; auto takes the one the model was saved in."""
+    max_model_len: int | None = Field(default=None, ge=2)
+    """Context in tokens, prompt and completion together. None: the model's own limit."""
+    max_num_seqs: int = Field(default=64, ge=1)
+    """Sequences in the running batch of one engine."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where a GPU is to be had (in the Ray cluster for actors, else in this process)."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads that compute. None: `num_cpus`, at least one. No effect on a GPU."""
+    max_retries: int = Field(default=1, ge=0)
+    """How often a prompt that came back with nothing is asked again before its row becomes an error row."""
+
+    num_replicas: int = Field(default=1, ge=1)
+    """Actors (engines) in the pool at the start, and at least."""
+    max_replicas: int | None = Field(default=None, ge=1)
+    """Actors the pool may grow to. None: `num_replicas`."""
+    num_cpus: float = Field(default=1.0, ge=0.0)
+    """Logical CPUs of one actor."""
+    num_gpus: float | None = Field(default=None, ge=0.0)
+    """GPUs of one actor. None: one (vLLM: tensor_parallel_size) on cuda, none on the CPU."""
+    batch_size: int = Field(default=16, ge=1)
+    """Prompts per call of an actor. Small batches keep the teacher's lead short."""
+    concurrent_batches: int = Field(default=4, ge=1)
+    """Calls an actor answers at once; the engine batches them continuously."""
+
+    @property
+    def num_threads(self) -> int:
+        """CPU threads of one engine."""
+        return self.threads or max(1, int(self.num_cpus))
+
+    @property
+    def gpus_per_actor(self) -> float:
+        """GPUs one actor asks for; `device` must be resolved."""
+        assert self.device != "auto", "resolve the device first: connect.resolve_device"
+        if self.device == "cpu":
+            return 0.0
+        return float(self._gpus_of_one_engine) if self.num_gpus is None else self.num_gpus
+
+    @property
+    def _gpus_of_one_engine(self) -> int:
+        return 1
+
+    @model_validator(mode="after")
+    def _pool_is_possible(self) -> LocalTeacherConfig:
+        if self.max_replicas is not None and self.max_replicas < self.num_replicas:
+            raise ValueError(
+                f"max_replicas={self.max_replicas} is below num_replicas={self.num_replicas}; expected at least as many"
+            )
+        if self.device == "cpu" and self.num_gpus:
+            raise ValueError(f"device is cpu, yet num_gpus={self.num_gpus}; leave num_gpus out or set device: cuda")
+        return self
+
+
+class VllmTeacherConfig(LocalTeacherConfig):
+    """A teacher in vLLM: continuous batching, paged KV cache; the one for real work."""
+
+    kind: Literal["vllm"] = "vllm"
+    max_num_batched_tokens: int | None = Field(default=None, ge=1)
+    """Tokens per engine step. Scoring holds 8 bytes x vocabulary for each of them, unseen by vLLM's memory
+    profile. None: what 256 MiB of that allow, between 512 and 8192."""
+    gpu_memory_utilization: float = Field(default=0.85, gt=0.0, le=1.0)
+    """Share of a GPU's memory for weights and KV cache. Leave room: log-probabilities are not in the profile."""
+    kv_cache_memory_bytes: int | None = Field(default=None, ge=1)
+    """Size of the KV cache. None: on a GPU what gpu_memory_utilization leaves; on the CPU max_num_seqs full
+    contexts, at most 2 GiB (but never less than one context)."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs one engine spreads the model over."""
+    request_timeout_s: float = Field(default=600.0, gt=0.0)
+    """Seconds from a request's admission to the engine until it is given up and its row becomes an error row.
+    An engine step that takes longer than this counts as a dead engine."""
+
+    @property
+    def _gpus_of_one_engine(self) -> int:
+        return self.tensor_parallel_size
+
+    @model_validator(mode="after")
+    def _one_gpu_per_shard(self) -> VllmTeacherConfig:
+        if self.tensor_parallel_size > 1 and self.device == "cpu":
+            raise ValueError(f"tensor_parallel_size={self.tensor_parallel_size} needs device: cuda, found device: cpu")
+        if self.num_gpus is not None and self.tensor_parallel_size > 1 and self.num_gpus != self.tensor_parallel_size:
+            raise ValueError(
+                f"num_gpus={self.num_gpus} contradicts tensor_parallel_size={self.tensor_parallel_size}; leave num_gpus out"
+            )
+        return self
+
+
+class HfTeacherConfig(LocalTeacherConfig):
+    """A teacher in plain transformers: slow, no moving parts; for debugging and as the reference of the tests."""
+
+    kind: Literal["hf"] = "hf"
+
+
+TeacherConfig = Annotated[VllmTeacherConfig | HfTeacherConfig, Field(discriminator="kind")]

@@ -1,0 +1,60 @@
+"""The one way to a teacher: connect(config) -> Teacher.
+
+In:  a TeacherConfig.
+Out: a Teacher with its model loaded; only the chosen engine's library is imported.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TypeVar
+
+from teacher_serving.config import HfTeacherConfig, LocalTeacherConfig, VllmTeacherConfig
+from teacher_serving.identity import describe
+from teacher_serving.types import Teacher
+
+C = TypeVar("C", bound=LocalTeacherConfig)
+
+
+def connect(config: VllmTeacherConfig | HfTeacherConfig) -> Teacher:
+    """Load the teacher of this config.
+
+    Raises ValueError where its folder or settings cannot work, before anything is loaded.
+    """
+    info = describe(config)
+    if config.device == "auto":
+        import torch
+
+        config = resolve_device(config, has_gpu=torch.cuda.is_available())
+    if isinstance(config, VllmTeacherConfig):
+        if config.device == "cpu":
+            for name, value in cpu_environment(config).items():
+                os.environ.setdefault(name, value)
+        from teacher_serving.vllm_engine import VllmEngine
+
+        return VllmEngine(config, info)
+    from teacher_serving.hf_engine import HfEngine
+
+    return HfEngine(config, info)
+
+
+def resolve_device(config: C, *, has_gpu: bool) -> C:
+    """The config with `device: auto` replaced by what there is."""
+    if config.device != "auto":
+        return config
+    return type(config).model_validate({**config.model_dump(), "device": "cuda" if has_gpu else "cpu"})
+
+
+def cpu_environment(config: LocalTeacherConfig) -> dict[str, str]:
+    """Environment in which a CPU engine starts in seconds and leaves other processes their cores.
+
+    Must be set before vllm and torch are imported, so actors get it as their runtime environment.
+    """
+    return {
+        "OMP_NUM_THREADS": str(config.num_threads),
+        "TORCHDYNAMO_DISABLE": "1",  # else each new shape compiles a C++ kernel, a quarter of a minute the first time
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process instead of three
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else every engine pins the same cores
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }

@@ -1,0 +1,167 @@
+"""Who a teacher is and what it can deliver, read from its files before any weight is loaded.
+
+In:  a teacher's config, or a tokenizer's folder.
+Out: a TeacherInfo; fingerprints are hex digests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from teacher_serving.types import TeacherInfo
+
+if TYPE_CHECKING:
+    from teacher_serving.config import LocalTeacherConfig
+
+WHOLE_FILE_BYTES = 64 * 2**20
+"""Weight files up to this size are hashed whole, larger ones by a sample of every tensor."""
+TENSOR_SAMPLE_BYTES = 64 * 2**10
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+VOLATILE_CONFIG_KEYS = ("transformers_version", "_name_or_path")
+
+
+def describe(config: LocalTeacherConfig) -> TeacherInfo:
+    """What the teacher of this config can deliver.
+
+    Raises ValueError where the folder or a file of it is missing, where K is larger than the vocabulary, and where
+    the context asked for is longer than the model's.
+    """
+    folder = Path(config.model)
+    model_config = read_model_config(folder)
+    text_config = model_config.get("text_config", model_config)
+    vocab_size = int(text_config["vocab_size"])
+    if config.top_k > vocab_size:
+        raise ValueError(
+            f"top_k={config.top_k} is larger than the vocabulary of {folder}: {vocab_size} tokens; "
+            f"expected at most {vocab_size}"
+        )
+    model_limit = int(text_config.get("max_position_embeddings", 0))
+    if not model_limit and config.max_model_len is None:
+        raise ValueError(f"{folder}/config.json has no max_position_embeddings; set max_model_len")
+    if model_limit and config.max_model_len is not None and config.max_model_len > model_limit:
+        raise ValueError(
+            f"max_model_len={config.max_model_len} is longer than the model's {model_limit} ({folder}/config.json); "
+            f"expected at most {model_limit}"
+        )
+    max_model_len = config.max_model_len or model_limit
+    settings = {
+        "sampling": config.sampling.model_dump(),
+        "top_k": config.top_k,
+        "dtype": config.dtype,
+        "max_model_len": max_model_len,
+        "weight_version": config.weight_version,
+    }
+    return TeacherInfo(
+        teacher_id=config.teacher_id or folder.resolve().name,
+        fingerprint=_digest(model_fingerprint(folder), tokenizer_fingerprint(folder), _canonical(settings)),
+        vocabulary_fingerprint=vocabulary_fingerprint(folder),
+        vocab_size=vocab_size,
+        max_model_len=max_model_len,
+        eos_token_ids=_eos_token_ids(folder, text_config),
+    )
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """config.json of a Hugging Face folder. Raises ValueError where there is none."""
+    if not folder.is_dir():
+        raise ValueError(f"no model folder at {folder}; expected a Hugging Face folder with config.json")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no config.json; expected a Hugging Face model folder")
+    return json.loads(path.read_text())
+
+
+def kv_bytes_per_token(folder: Path, element_bytes: int) -> int:
+    """Bytes of keys and values that one token takes over all layers."""
+    model_config = read_model_config(folder)
+    text_config = model_config.get("text_config", model_config)
+    num_heads = text_config["num_attention_heads"]
+    head_dim = text_config.get("head_dim") or text_config["hidden_size"] // num_heads
+    num_kv_heads = text_config.get("num_key_value_heads") or num_heads
+    return 2 * text_config["num_hidden_layers"] * num_kv_heads * head_dim * element_bytes
+
+
+def vocabulary_fingerprint(folder: str | Path) -> str:
+    """Hash of the id-to-token map, special tokens marked: equal for two tokenizers that mean the same by every id.
+
+    Raises ValueError where the folder has no tokenizer.json.
+    """
+    from tokenizers import Tokenizer
+
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no tokenizer.json; expected the folder of a fast tokenizer")
+    tokenizer = Tokenizer.from_file(str(path))
+    tokens = sorted((index, token) for token, index in tokenizer.get_vocab(with_added_tokens=True).items())
+    special = sorted(index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+    return _digest(_canonical(tokens), _canonical(special))
+
+
+def tokenizer_fingerprint(folder: Path) -> str:
+    """Hash of every file that decides how a conversation becomes token ids, the chat template included."""
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    return _digest(*(part for file in files for part in (file.name.encode(), file.read_bytes())))
+
+
+def model_fingerprint(folder: Path) -> str:
+    """Hash of architecture and weights, in seconds for any size: large files by 64 KiB of every tensor."""
+    architecture = {k: v for k, v in read_model_config(folder).items() if k not in VOLATILE_CONFIG_KEYS}
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ValueError(f"{folder} has no *.safetensors; expected the weights of a model")
+    return _digest(_canonical(architecture), *(_weight_file_digest(file) for file in weights))
+
+
+def _weight_file_digest(path: Path) -> bytes:
+    size = path.stat().st_size
+    digest = hashlib.sha256(f"{path.name}:{size}".encode())
+    with path.open("rb") as file:
+        if size <= WHOLE_FILE_BYTES:
+            digest.update(file.read())
+            return digest.digest()
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        digest.update(header)
+        tensors_start = file.tell()
+        for name, tensor in json.loads(header).items():
+            if name == "__metadata__":
+                continue
+            begin, end = tensor["data_offsets"]
+            # From the middle: a tensor's edges are the likeliest to be untouched (padding, rare tokens).
+            middle = begin + max(0, end - begin - TENSOR_SAMPLE_BYTES) // 2
+            file.seek(tensors_start + middle)
+            digest.update(file.read(min(TENSOR_SAMPLE_BYTES, end - begin)))
+    return digest.digest()
+
+
+def _eos_token_ids(folder: Path, text_config: dict[str, Any]) -> tuple[int, ...]:
+    """The generation config's word on where a text ends, else the model config's."""
+    generation = folder / "generation_config.json"
+    found = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
+    if found is None:
+        found = text_config.get("eos_token_id")
+    if found is None:
+        return ()
+    return (found,) if isinstance(found, int) else tuple(found)
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _digest(*parts: str | bytes) -> str:
+    """Hash of the parts, each with its length, so that no two lists of parts run together."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()[:32]

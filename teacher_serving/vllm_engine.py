@@ -1,0 +1,393 @@
+"""A teacher in vLLM: one stepping thread, any number of calling threads, arrays all the way.
+
+In:  tables of PROMPT_SCHEMA (generate) or SEQUENCE_SCHEMA (score), from several threads at once.
+Out: tables of TEACHER_OUTPUT_SCHEMA in the order of the request; a row that could not be answered is an error row.
+
+The only file that imports vllm. One code path for CPU and GPU: vLLM's LLMEngine is driven by add_request and step, so
+the requests of all calls share its running batch and a slow sequence holds back nobody but itself. With
+VLLM_ENABLE_V1_MULTIPROCESSING=0 the engine lives in this process, else in a child.
+
+Shape letters: P prompt tokens, T output tokens, K top-k entries, C = K + 1 columns (the sampled token in front).
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future
+from concurrent.futures import wait as wait_for
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+import vllm
+from vllm import EngineArgs, SamplingParams
+from vllm.inputs.engine import tokens_input
+from vllm.logprobs import FlatLogprobs
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from teacher_serving.arrow import NOTHING, Answer, ListColumn, answers_table, find_problems, request_seed
+from teacher_serving.config import VllmTeacherConfig
+from teacher_serving.faults import planned_fault
+from teacher_serving.identity import kv_bytes_per_token, read_model_config
+from teacher_serving.types import TeacherDeadError, TeacherInfo
+
+ARRAYS_KEPT_IN = ("0.32.",)
+"""vLLM versions whose output processor _KeptArrays is known to fit; others take the public flat path."""
+MAX_CPU_KV_BYTES = 2 * 2**30
+SCORING_BYTES = 256 * 2**20
+POLL_S = 1.0
+"""How often a waiting caller looks whether the engine still steps."""
+
+
+class VllmEngine:
+    """A vLLM engine behind the Teacher protocol. Thread-safe; close it when done."""
+
+    def __init__(self, config: VllmTeacherConfig, info: TeacherInfo) -> None:
+        self.info = info
+        self._config = config
+        in_process = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") == "0"
+        args = _engine_args(config, info)
+        self._engine = LLMEngine.from_engine_args(args, enable_multiprocessing=not in_process)
+        self._context = self._engine.model_config.max_model_len
+        assert self._engine.model_config.logprobs_mode == "raw_logprobs", "log-probabilities must be the raw ones"
+        self._empty_fault = planned_fault("teacher", "empty")
+        self._waiting: deque[_Request] = deque()
+        self._running: dict[str, _Request] = {}
+        self._next_id = 0
+        self._wakeup = threading.Condition()
+        self._closing = False
+        self._death: str | None = None
+        self._last_step = time.monotonic()
+        self._keeps_arrays = False
+        self._thread = threading.Thread(target=self._run, name="teacher-engine", daemon=True)
+        self._thread.start()
+        self._keeps_arrays = vllm.__version__.startswith(ARRAYS_KEPT_IN) and self._kept_arrays_agree()
+        gc.collect()
+        gc.freeze()  # the engine's objects live as long as it does: no collection need look at them again
+
+    # ---- the Teacher protocol
+
+    def generate(self, prompts: pa.Table) -> pa.Table:
+        """Write a completion for every row of PROMPT_SCHEMA; return TEACHER_OUTPUT_SCHEMA in the same order.
+
+        Raises TeacherDeadError once the engine is dead.
+        """
+        return self._table(prompts, self.generate_answers(prompts))
+
+    def score(self, sequences: pa.Table) -> pa.Table:
+        """Top-k at every output position of SEQUENCE_SCHEMA; return TEACHER_OUTPUT_SCHEMA in the same order.
+
+        Raises TeacherDeadError once the engine is dead.
+        """
+        return self._table(sequences, self.score_answers(sequences))
+
+    def probe(self) -> None:
+        """Score one sequence of full length, so that too little memory shows now and not in an hour."""
+        half = self._context // 2
+        ids = np.arange(self._context - 1, dtype=np.int32) % self.info.vocab_size
+        sequence = pa.table({"uid": [0], "prompt_ids": [ids[:half]], "output_ids": [ids[half:]]})
+        (answer,) = self.score_answers(sequence)
+        if answer.finish_reason != "given":
+            raise TeacherDeadError(f"the engine could not score {len(ids)} tokens: {answer.finish_reason}")
+
+    def close(self) -> None:
+        """Stop the stepping thread and the engine; callers still waiting get TeacherDeadError. Idempotent."""
+        with self._wakeup:
+            if self._closing:
+                return
+            self._closing = True
+            self._wakeup.notify()
+        self._thread.join(timeout=60.0)
+        self._engine.engine_core.shutdown()
+
+    # ---- answers in full precision, before they become a table
+
+    def generate_answers(self, prompts: pa.Table) -> list[Answer]:
+        """As generate, an Answer a row."""
+        prompt = ListColumn.of(prompts, "prompt_ids")
+        uids = prompts.column("uid").to_pylist()
+        sampling = self._config.sampling
+
+        def request(row: int, attempt: int) -> _Request:
+            prompt_ids = prompt.row(row).tolist()
+            params = SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.sample_top_k,
+                seed=None if sampling.temperature == 0.0 else request_seed(sampling.seed, uids[row], attempt),
+                max_tokens=min(sampling.max_tokens, self._context - len(prompt_ids)),
+                ignore_eos=True,  # the stop tokens below are the whole list
+                stop_token_ids=list(self._stop_token_ids),
+                logprobs=self._config.top_k,
+                flat_logprobs=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            return _Request(prompt_ids, params)
+
+        problems = find_problems(prompts, self.info, context=self._context)
+        answers = [Answer.error(problem or "the teacher was not asked") for problem in problems]
+        open_rows = [row for row, problem in enumerate(problems) if problem is None]
+        for attempt in range(self._config.max_retries + 1):
+            requests = [request(row, attempt) for row in open_rows]
+            self._ask(requests)
+            for row, asked in zip(open_rows, requests, strict=True):
+                answers[row] = self._written(asked, uids[row])
+            open_rows = [row for row in open_rows if answers[row].finish_reason == NOTHING.finish_reason]
+            if not open_rows:
+                break
+        return answers
+
+    def score_answers(self, sequences: pa.Table) -> list[Answer]:
+        """As score, an Answer a row."""
+        prompt = ListColumn.of(sequences, "prompt_ids")
+        output = ListColumn.of(sequences, "output_ids")
+        # One token of the context goes to the token that the engine insists on writing.
+        problems = find_problems(sequences, self.info, context=self._context - 1)
+        rows = [row for row, problem in enumerate(problems) if problem is None and output.lengths[row]]
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=1,
+            prompt_logprobs=self._config.top_k,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        requests = [_Request(np.concatenate((prompt.row(row), output.row(row))).tolist(), params.clone()) for row in rows]
+        self._ask(requests)
+        empty = Answer(np.empty(0, np.int32), (), "given")
+        answers = [empty if problem is None else Answer.error(problem) for problem in problems]
+        for row, asked in zip(rows, requests, strict=True):
+            answers[row] = _scored(asked, prompt.lengths[row], output.row(row))
+        return answers
+
+    # ---- the callers' side
+
+    @property
+    def _stop_token_ids(self) -> tuple[int, ...]:
+        given = self._config.sampling.stop_token_ids
+        return self.info.eos_token_ids if given is None else given
+
+    def _table(self, rows: pa.Table, answers: Sequence[Answer]) -> pa.Table:
+        return answers_table(rows, answers, self.info, self._config.top_k, self._config.weight_version)
+
+    def _ask(self, requests: list[_Request]) -> None:
+        """Hand the requests to the stepping thread and wait until each is answered or given up."""
+        with self._wakeup:
+            if self._death or self._closing:
+                raise TeacherDeadError(self._death or "the teacher is closed")
+            self._waiting.extend(requests)
+            self._wakeup.notify()
+        pending = {request.done for request in requests}
+        while pending:
+            done, pending = wait_for(pending, timeout=POLL_S, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()  # raises TeacherDeadError
+            stuck_s = time.monotonic() - self._last_step
+            if pending and self._running and stuck_s > self._config.request_timeout_s + POLL_S:
+                raise TeacherDeadError(f"the engine has not finished a step for {stuck_s:.0f} s")
+
+    def _written(self, asked: _Request, uid: int) -> Answer:
+        output = asked.done.result()
+        if isinstance(output, str):
+            return Answer.error(output)
+        completion = output.outputs[0]
+        if not completion.token_ids or (self._empty_fault is not None and self._empty_fault.strikes(uid=uid)):
+            return NOTHING
+        if completion.finish_reason not in ("stop", "length"):
+            return Answer.error(f"the engine finished with {completion.finish_reason}")
+        output_ids = np.asarray(completion.token_ids, np.int32)
+        return Answer(output_ids, _pieces(completion.logprobs, len(output_ids)), completion.finish_reason)
+
+    # ---- the stepping thread: nothing else touches the engine while it runs
+
+    def _run(self) -> None:
+        try:
+            while self._admit():
+                for output in self._engine.step():
+                    assert isinstance(output, RequestOutput), f"expected written text, found {type(output).__name__}"
+                    if request := self._running.pop(output.request_id, None):
+                        request.done.set_result(output)
+                self._last_step = time.monotonic()
+                self._give_up_late_requests()
+            self._die("the teacher was closed")
+        except Exception as error:  # whatever broke the engine, its callers must not wait for ever
+            self._die(f"{type(error).__name__}: {error}")
+
+    def _admit(self) -> bool:
+        """Wait for work and pass it to the engine, a few sequences more than it runs. False: close."""
+        room = self._config.max_num_seqs + self._config.max_num_seqs // 8 + 1
+        with self._wakeup:
+            while not (self._waiting or self._running or self._closing):
+                self._wakeup.wait()
+            if self._closing:
+                return False
+            admitted = [self._waiting.popleft() for _ in range(min(room - len(self._running), len(self._waiting)))]
+        for request in admitted:
+            name = str(self._next_id)
+            self._next_id += 1
+            internal = self._engine.add_request(name, tokens_input(request.prompt_ids), request.params)
+            if self._keeps_arrays:
+                self._engine.output_processor.request_states[internal].logprobs_processor = _KeptArrays()  # type: ignore[assignment]
+            request.deadline = time.monotonic() + self._config.request_timeout_s
+            self._running[name] = request
+        return True
+
+    def _give_up_late_requests(self) -> None:
+        now = time.monotonic()
+        late = [name for name, request in self._running.items() if now > request.deadline]
+        if late:
+            self._engine.abort_request(late)
+            for name in late:
+                reason = f"no answer within request_timeout_s={self._config.request_timeout_s:g} s"
+                self._running.pop(name).done.set_result(reason)
+
+    def _die(self, reason: str) -> None:
+        with self._wakeup:
+            self._death = reason
+            abandoned = [*self._running.values(), *self._waiting]
+            self._running.clear()
+            self._waiting.clear()
+        for request in abandoned:
+            request.done.set_exception(TeacherDeadError(reason))
+
+    # ---- start-up check of the array path
+
+    def _kept_arrays_agree(self) -> bool:
+        """Whether the array path gives what vLLM's public flat path gives, for written and for given text."""
+        prompt = pa.table({"uid": [0], "prompt_ids": [np.arange(3, dtype=np.int32) % self.info.vocab_size]})
+        sequence = prompt.append_column("output_ids", prompt["prompt_ids"])
+        greedy = SamplingParams(
+            temperature=0.0,
+            max_tokens=min(3, self._context - 3),
+            logprobs=self._config.top_k,
+            ignore_eos=True,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+        def both() -> list[Answer]:
+            request = _Request(prompt["prompt_ids"][0].as_py(), greedy.clone())
+            self._ask([request])
+            return [self._written(request, uid=0), *(self.score_answers(sequence) if self._context > 6 else [])]
+
+        self._keeps_arrays = False
+        flat = both()
+        self._keeps_arrays = True
+        kept = both()
+        return all(_same_answer(a, b) for a, b in zip(flat, kept, strict=True))
+
+
+@dataclass(eq=False)
+class _Request:
+    """One sequence on its way through the engine. `done` holds vLLM's output, or why there is none."""
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    done: Future[RequestOutput | str] = field(default_factory=Future)
+    deadline: float = float("inf")  # on the monotonic clock, from its admission
+
+
+class _KeptArrays:
+    """Stands in for vLLM's LogprobsProcessor of one request and keeps the arrays it would turn into lists.
+
+    vLLM's own costs 12 microseconds a token at K = 64, this one a list append. It has the attributes that the output
+    processor reads of a request that wants its final output only; checked at start by _kept_arrays_agree.
+    """
+
+    cumulative_logprob = None
+    prompt_token_id_logprobs = None
+
+    def __init__(self) -> None:
+        self.logprobs: list[tuple[np.ndarray, np.ndarray]] = []  # (ids, logprobs), each [tokens of a step, C]
+        self.prompt_logprobs: list[tuple[np.ndarray, np.ndarray]] = []  # (ids, logprobs), each [P - 1, C]
+
+    def update_from_output(self, output: EngineCoreOutput) -> None:
+        """Take what one engine step has for this request."""
+        if output.new_logprobs is not None:
+            ids, logprobs, *_ = output.new_logprobs
+            self.logprobs.append((ids, logprobs))
+        if output.new_prompt_logprobs_tensors is not None:
+            ids, logprobs, *_ = output.new_prompt_logprobs_tensors
+            self.prompt_logprobs.append((ids.numpy(), logprobs.numpy()))
+
+
+def _scored(asked: _Request, prompt_length: int, output_ids: np.ndarray) -> Answer:
+    output = asked.done.result()
+    if isinstance(output, str):
+        return Answer.error(output)
+    num_rows = prompt_length + len(output_ids) - 1
+    first = prompt_length - 1  # this row says what follows the prompt
+    ids, logprobs = (np.concatenate(parts)[first:] for parts in zip(*_pieces(output.prompt_logprobs, num_rows), strict=True))
+    return Answer(output_ids, ((ids, logprobs),), "given")
+
+
+def _pieces(logprobs: object, num_rows: int) -> Sequence[tuple[np.ndarray, np.ndarray]]:
+    """What a request's log-probabilities are as arrays (ids [n, C], logprobs [n, C]), num_rows rows in all."""
+    if not isinstance(logprobs, FlatLogprobs):
+        assert isinstance(logprobs, list), f"expected kept arrays, found {type(logprobs).__name__}"
+        return logprobs
+    ids = np.array(logprobs.token_ids, np.int32).reshape(num_rows, -1)
+    return ((ids, np.array(logprobs.logprobs, np.float32).reshape(num_rows, -1)),)
+
+
+def _same_answer(a: Answer, b: Answer) -> bool:
+    """Whether two runs of one request agree; a lone request repeats itself but for rounding."""
+    if not np.array_equal(a.output_ids, b.output_ids) or a.finish_reason != b.finish_reason:
+        return False
+    ids_a, ids_b = (np.concatenate([ids for ids, _ in x.pieces]) for x in (a, b))
+    logprobs_a, logprobs_b = (np.concatenate([logprobs for _, logprobs in x.pieces]) for x in (a, b))
+    return np.array_equal(ids_a, ids_b) and np.allclose(logprobs_a, logprobs_b, rtol=1e-4, atol=1e-4)
+
+
+def _engine_args(config: VllmTeacherConfig, info: TeacherInfo) -> EngineArgs:
+    assert config.device != "auto", "resolve the device first: connect.resolve_device"
+    on_cpu = config.device == "cpu"
+    model_limit = read_model_config(Path(config.model)).get("max_position_embeddings", info.max_model_len)
+    batched_tokens = config.max_num_batched_tokens or int(
+        np.clip(SCORING_BYTES // (8 * info.vocab_size), max(512, config.max_num_seqs), 8192)
+    )
+    if batched_tokens < config.max_num_seqs:
+        raise ValueError(
+            f"max_num_batched_tokens={batched_tokens} is below max_num_seqs={config.max_num_seqs}; expected at least it"
+        )
+    return EngineArgs(
+        model=config.model,
+        skip_tokenizer_init=True,
+        generation_config="vllm",
+        dtype=config.dtype,
+        # One more than asked for where the model has it: a scored sequence needs room for a token nobody wants.
+        max_model_len=min(info.max_model_len + 1, max(model_limit, info.max_model_len)),
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=batched_tokens,
+        max_logprobs=config.top_k,
+        logprobs_mode="raw_logprobs",
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        kv_cache_memory_bytes=_kv_cache_bytes(config, info) if on_cpu else config.kv_cache_memory_bytes,
+        tensor_parallel_size=config.tensor_parallel_size,
+        enforce_eager=on_cpu,
+        disable_log_stats=True,
+        use_tqdm_on_load=False,
+        seed=config.sampling.seed % 2**31,
+    )
+
+
+def _kv_cache_bytes(config: VllmTeacherConfig, info: TeacherInfo) -> int:
+    """On the CPU vLLM would take most of the memory: full contexts for every sequence, within MAX_CPU_KV_BYTES."""
+    if config.kv_cache_memory_bytes is not None:
+        return config.kv_cache_memory_bytes
+    element_bytes = 2 if config.dtype in ("float16", "bfloat16") else torch.float32.itemsize
+    block = 128
+    context_bytes = (info.max_model_len + 2 * block) * kv_bytes_per_token(Path(config.model), element_bytes)
+    return max(2 * context_bytes, min(config.max_num_seqs * context_bytes, MAX_CPU_KV_BYTES))
