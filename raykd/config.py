@@ -24,11 +24,11 @@ class Section(BaseModel):
 class RunConfig(Section):
     """Where a run lives."""
 
-    name: str = Field("run", min_length=1, pattern=r"^[\w.\-]+$")
+    name: str = Field(default="run", min_length=1, pattern=r"^[\w.\-]+$")
     """Name of the run; its folder is `<dir>/<name>`."""
     dir: str = "runs"
     """Folder of all runs. On a cluster: a path that every node sees."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seed of everything random: student initialisation, order of the prompts, sampling, dropout."""
 
 
@@ -40,7 +40,7 @@ class DataConfig(Section):
     Rows have `messages` (and `tools`) in the OpenAI form, or `prompt`."""
     held_out: str | None = None
     """Prompts for validation, same formats; never trained on. None: no validation."""
-    max_held_out: int = Field(256, ge=1)
+    max_held_out: int = Field(default=256, ge=1)
     """At most this many held-out prompts are used for validation while training."""
     completions: Literal["teacher", "recorded"] = "teacher"
     """teacher: the teacher writes the next assistant turn. recorded: the conversation's own assistant turns are
@@ -53,11 +53,11 @@ class DataConfig(Section):
     """Draw a new order of the prompts for every epoch (from run.seed)."""
     fixed_order: bool = False
     """Deliver examples in exactly that order, whichever teacher is done first. Slower; for reproducible runs."""
-    max_lead_tokens: int = Field(1_000_000, ge=1)
+    max_lead_tokens: int = Field(default=1_000_000, ge=1)
     """How far the teachers may run ahead of the trainer, in completion tokens."""
-    num_extractors: int = Field(1, ge=1)
+    num_extractors: int = Field(default=1, ge=1)
     """Actors that turn teacher output into examples."""
-    extractor_cpus: float = Field(0.25, gt=0)
+    extractor_cpus: float = Field(default=0.25, gt=0)
     """Logical CPUs of one extractor actor."""
     teacher_cache: str | None = None
     """Folder where the teacher's output is kept and looked up (matched by prompt and teacher fingerprint), so that later
@@ -106,7 +106,7 @@ class LossConfig(Section):
     topk_zero: teacher renormalised over the K, student over the whole vocabulary."""
     kd_beta: Fraction = 0.5
     """Mixture weight of jsd and of the skewed divergences."""
-    kd_temperature: float = Field(1.0, gt=0.0)
+    kd_temperature: float = Field(default=1.0, gt=0.0)
     """Softening temperature; the loss carries temperature squared. Other than 1 only with topk_renorm or topk_zero."""
     ce_teacher_target: Literal["sampled", "argmax"] = "sampled"
     """sampled: the token the teacher emitted; argmax: its most likely token given the same prefix."""
@@ -142,64 +142,64 @@ class LossConfig(Section):
 class TrainConfig(Section):
     """The optimisation."""
 
-    epochs: int = Field(1, ge=1)
+    epochs: int = Field(default=1, ge=1)
     """Passes over the prompts. Epochs after the first read the teacher's cached output."""
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
     """Stop after this many optimizer steps, also in the middle of an epoch. None: all epochs."""
-    num_workers: int = Field(1, ge=1)
+    num_workers: int = Field(default=1, ge=1)
     """Data-parallel train workers."""
     use_gpu: bool = False
     """One GPU per worker (nccl) instead of CPUs (gloo)."""
-    cpus_per_worker: float = Field(1.0, gt=0)
+    cpus_per_worker: float = Field(default=1.0, gt=0)
     """Logical CPUs reserved per worker."""
-    threads_per_worker: int = Field(1, ge=1)
+    threads_per_worker: int = Field(default=1, ge=1)
     """torch threads of a worker."""
-    sequences_per_step: int = Field(32, ge=1)
+    sequences_per_step: int = Field(default=32, ge=1)
     """Sequences of one optimizer step, over all workers and micro-batches."""
-    max_tokens_per_micro_batch: int = Field(16_384, ge=1)
+    max_tokens_per_micro_batch: int = Field(default=16_384, ge=1)
     """Padded tokens of one forward pass; a step is split into as many micro-batches as it takes. No effect on the result."""
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Course of the learning rate after warm-up."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the learning rate rises linearly from 0."""
     min_learning_rate_fraction: Fraction = 0.1
     """Share of the peak that cosine and linear end at."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     """AdamW's betas."""
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
     """AdamW's weight decay; not applied to vectors (norms, biases)."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this norm."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast of the forward pass; weights and optimizer stay in float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
-    log_every: int = Field(10, ge=1)
+    log_every: int = Field(default=10, ge=1)
     """Steps between log entries."""
-    validate_every: int = Field(100, ge=1)
+    validate_every: int = Field(default=100, ge=1)
     """Steps between validations on the held-out prompts (also at the end)."""
-    checkpoint_every: int = Field(500, ge=1)
+    checkpoint_every: int = Field(default=500, ge=1)
     """Steps between checkpoints (also at the end)."""
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
     """The newest so many checkpoints are kept."""
-    max_skipped_steps: int = Field(3, ge=1)
+    max_skipped_steps: int = Field(default=3, ge=1)
     """A step whose loss is not finite is skipped; after so many in a row the run stops."""
-    max_failures: int = Field(3, ge=0)
+    max_failures: int = Field(default=3, ge=0)
     """Restarts of the workers from the last checkpoint before the run gives up."""
 
 
 class EvaluateConfig(Section):
     """Judging teacher, student and untrained student on held-out prompts."""
 
-    max_prompts: int = Field(500, ge=1)
+    max_prompts: int = Field(default=500, ge=1)
     """At most this many prompts of data.held_out."""
-    max_tokens: int = Field(256, ge=1)
+    max_tokens: int = Field(default=256, ge=1)
     """Completion tokens per prompt."""
-    num_bootstrap: int = Field(1000, ge=1)
+    num_bootstrap: int = Field(default=1000, ge=1)
     """Resamples of the 95 % confidence intervals."""
-    num_examples: int = Field(10, ge=0)
+    num_examples: int = Field(default=10, ge=0)
     """Decoded examples in the report."""
 
 
@@ -219,9 +219,9 @@ class RayConfig(Section):
 
     address: str | None = None
     """Address of a running cluster; None: RAY_ADDRESS, else a local Ray is started."""
-    num_cpus: int | None = Field(None, ge=1)
+    num_cpus: int | None = Field(default=None, ge=1)
     """Logical CPUs of a local Ray; None: the machine's, at least 8 (they are bookkeeping, not pinning)."""
-    object_store_bytes: int | None = Field(None, ge=80_000_000)
+    object_store_bytes: int | None = Field(default=None, ge=80_000_000)
     """Object store of a local Ray; None: Ray's default."""
     dashboard: bool = True
     """Start the dashboard with a local Ray."""

@@ -16,10 +16,11 @@ from rich.console import Console, Group
 from rich.panel import Panel
 from rich.syntax import Syntax
 from rich.table import Table
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PretrainedConfig
 
 from raykd.config import Config
 from raykd.student.model import count_parameters, student_config
+from teacher_serving.connect import resolve_device
 from teacher_serving.identity import describe, vocabulary_fingerprint
 from teacher_serving.types import TeacherInfo
 
@@ -33,25 +34,25 @@ class PreflightError(ValueError):
 
 @dataclass(frozen=True)
 class Plan:
-    """What would run, in numbers."""
+    """What would run, known from files alone."""
 
     teacher: TeacherInfo
     num_student_parameters: int
     student_vocab_size: int
-    student_max_positions: int
-    train_cpus: float
-    train_gpus: int
-    teacher_cpus: float
-    teacher_gpus: float
-    extractor_cpus: float
+    activations_per_token: int  # values kept for the backward pass of one token, an estimate
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Logical CPUs, or GPUs, that the run reserves."""
+
+    workers: float
+    teachers: float
+    extractors: float
 
     @property
-    def cpus(self) -> float:
-        return self.train_cpus + self.teacher_cpus + self.extractor_cpus
-
-    @property
-    def gpus(self) -> float:
-        return self.train_gpus + self.teacher_gpus
+    def together(self) -> float:
+        return self.workers + self.teachers + self.extractors
 
 
 def check(config: Config) -> Plan:
@@ -63,30 +64,29 @@ def check(config: Config) -> Plan:
     teacher = describe(config.teacher)
     architecture = student_config(config.student)
     _check_vocabulary(config, teacher, architecture.vocab_size)
-    replicas = _max_replicas(config)
-    train = config.train
+    max_positions = getattr(architecture, "max_position_embeddings", teacher.max_model_len)
+    if max_positions < teacher.max_model_len:
+        raise PreflightError(
+            f"the student has {max_positions} positions, the teacher up to {teacher.max_model_len} tokens: set "
+            f"teacher.max_model_len={max_positions} or take a student with a longer context"
+        )
     plan = Plan(
         teacher=teacher,
         num_student_parameters=count_parameters(architecture),
         student_vocab_size=architecture.vocab_size,
-        student_max_positions=getattr(architecture, "max_position_embeddings", teacher.max_model_len),
-        train_cpus=train.num_workers * train.cpus_per_worker,
-        train_gpus=train.num_workers if train.use_gpu else 0,
-        teacher_cpus=replicas * config.teacher.num_cpus,
-        teacher_gpus=replicas * config.teacher.num_gpus,
-        extractor_cpus=config.data.num_extractors * config.data.extractor_cpus,
+        activations_per_token=_activations_per_token(config, architecture),
     )
-    if plan.student_max_positions < teacher.max_model_len:
-        raise PreflightError(
-            f"the student has {plan.student_max_positions} positions, the teacher up to {teacher.max_model_len} tokens: "
-            f"set teacher.max_model_len={plan.student_max_positions} or take a student with a longer context"
-        )
     _check_disk(config, plan)
     return plan
 
 
-def _max_replicas(config: Config) -> int:
-    return config.teacher.max_replicas
+def _activations_per_token(config: Config, architecture: PretrainedConfig) -> int:
+    """About 12 hidden-size and 4 MLP-size values a layer; with gradient checkpointing one layer's and every layer's input."""
+    hidden = architecture.hidden_size
+    per_layer = 12 * hidden + 4 * getattr(architecture, "intermediate_size", 4 * hidden)
+    if config.train.gradient_checkpointing:
+        return per_layer + architecture.num_hidden_layers * hidden
+    return per_layer * architecture.num_hidden_layers
 
 
 def _check_vocabulary(config: Config, teacher: TeacherInfo, student_vocab_size: int) -> None:
@@ -128,17 +128,32 @@ def _check_disk(config: Config, plan: Plan) -> None:
         )
 
 
-def check_resources(plan: Plan, cluster: Mapping[str, float]) -> None:
+def reserved(config: Config, *, has_gpu: bool) -> dict[str, Resources]:
+    """CPUs and GPUs that the run reserves at most; `has_gpu`: whether the cluster has any (for device=auto)."""
+    train, data = config.train, config.data
+    teacher = resolve_device(config.teacher, has_gpu=has_gpu)
+    replicas = teacher.max_replicas or teacher.num_replicas
+    return {
+        "CPU": Resources(
+            workers=train.num_workers * train.cpus_per_worker,
+            teachers=replicas * teacher.num_cpus,
+            extractors=data.num_extractors * data.extractor_cpus,
+        ),
+        "GPU": Resources(
+            workers=train.num_workers if train.use_gpu else 0, teachers=replicas * teacher.gpus_per_actor, extractors=0
+        ),
+    }
+
+
+def check_resources(config: Config, cluster: Mapping[str, float]) -> None:
     """Compare what the run reserves with what the cluster has. Errors: PreflightError."""
-    for name, needed in (("CPU", plan.cpus), ("GPU", plan.gpus)):
+    for name, needed in reserved(config, has_gpu=cluster.get("GPU", 0) > 0).items():
         available = cluster.get(name, 0.0)
-        if needed > available:
-            workers, teachers = (
-                (plan.train_cpus, plan.teacher_cpus) if name == "CPU" else (plan.train_gpus, plan.teacher_gpus)
-            )
+        if needed.together > available:
             raise PreflightError(
-                f"the run reserves {needed:g} {name}s (workers {workers:g}, teachers {teachers:g}), the cluster has "
-                f"{available:g}: lower train.num_workers or teacher.num_replicas, or add nodes"
+                f"the run reserves {needed.together:g} {name}s (workers {needed.workers:g}, teachers {needed.teachers:g}, "
+                f"extractors {needed.extractors:g}), the cluster has {available:g}: lower train.num_workers, "
+                "teacher.num_replicas or what each of them reserves, or add nodes"
             )
 
 
@@ -147,7 +162,7 @@ def print_summary(config: Config, plan: Plan, *, num_prompts: int | None, cluste
     parts = [
         Panel(Syntax(_yaml(config), "yaml", background_color="default"), title="resolved config"),
         Panel(_arithmetic(config, plan, num_prompts), title="the run in numbers"),
-        Panel(_resources(plan, cluster), title="resources"),
+        Panel(_resources(config, cluster), title="resources"),
     ]
     Console().print(Group(*parts))
 
@@ -182,7 +197,7 @@ def _arithmetic(config: Config, plan: Plan, num_prompts: int | None) -> Table:
     table.add_row(
         "memory of a worker",
         f"{_mib(parameters * BYTES_PER_TRAINED_PARAMETER)} weights, gradients and Adam moments (float32), "
-        f"{_mib(train.max_tokens_per_micro_batch * activation * 1024)} for every 1,024 activation values kept per token",
+        f"about {_mib(train.max_tokens_per_micro_batch * activation * plan.activations_per_token)} activations",
     )
     table.add_row("one checkpoint", _mib(parameters * BYTES_PER_CHECKPOINT_PARAMETER))
     teacher, top_k = plan.teacher, config.teacher.top_k
@@ -195,15 +210,15 @@ def _arithmetic(config: Config, plan: Plan, num_prompts: int | None) -> Table:
     return table
 
 
-def _resources(plan: Plan, cluster: Mapping[str, float] | None) -> Table:
+def _resources(config: Config, cluster: Mapping[str, float] | None) -> Table:
     table = Table(box=None)
     for column in ("", "train workers", "teachers", "extractors", "together", "cluster has"):
         table.add_column(column, justify="right" if column else "left")
-    has = {"CPU": "?", "GPU": "?"} if cluster is None else {name: f"{cluster.get(name, 0):g}" for name in ("CPU", "GPU")}
-    table.add_row(
-        "CPUs", f"{plan.train_cpus:g}", f"{plan.teacher_cpus:g}", f"{plan.extractor_cpus:g}", f"{plan.cpus:g}", has["CPU"]
-    )
-    table.add_row("GPUs", f"{plan.train_gpus:g}", f"{plan.teacher_gpus:g}", "0", f"{plan.gpus:g}", has["GPU"])
+    for name, needed in reserved(config, has_gpu=bool(cluster and cluster.get("GPU"))).items():
+        has = "no cluster is running" if cluster is None else f"{cluster.get(name, 0):g}"
+        table.add_row(
+            f"{name}s", f"{needed.workers:g}", f"{needed.teachers:g}", f"{needed.extractors:g}", f"{needed.together:g}", has
+        )
     return table
 
 
