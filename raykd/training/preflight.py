@@ -81,7 +81,7 @@ def check(config: Config) -> Plan:
 
 
 def _activations_per_token(config: Config, architecture: PretrainedConfig) -> int:
-    """About 12 hidden-size and 4 MLP-size values a layer; with gradient checkpointing one layer's and every layer's input."""
+    """About 12 hidden-size and 4 MLP-size values a layer; with checkpointing one layer's and every layer's input."""
     hidden = architecture.hidden_size
     per_layer = 12 * hidden + 4 * getattr(architecture, "intermediate_size", 4 * hidden)
     if config.train.gradient_checkpointing:
