@@ -32,7 +32,7 @@ class HfEngine:
         self._device = torch.device(config.device)
         self._turn = threading.Lock()
         model = AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype)
-        self._model: torch.nn.Module = model.to(device=self._device).eval()
+        self._model = torch.nn.Module.to(model.eval(), self._device)
 
     def generate(self, prompts: pa.Table) -> pa.Table:
         """Write a completion for every row of PROMPT_SCHEMA; return TEACHER_OUTPUT_SCHEMA in the same order."""

@@ -68,7 +68,11 @@ class Teacher(Protocol):
         ...
 
     def score(self, sequences: pa.Table) -> pa.Table:
-        """Top-k of the teacher at every output position of SEQUENCE_SCHEMA; return TEACHER_OUTPUT_SCHEMA in the same order."""
+        """Top-k at every output position of SEQUENCE_SCHEMA; return TEACHER_OUTPUT_SCHEMA in the same order."""
+        ...
+
+    def probe(self) -> None:
+        """Score one sequence of full length, so that too little memory shows now and not in an hour."""
         ...
 
     def close(self) -> None:

@@ -1,0 +1,162 @@
+"""The Ray Data stage that hosts a teacher: blocks of prompts in, the same rows with the teacher's answers out.
+
+In:  blocks with `uid` and `prompt_ids`; optionally `recorded_ids` (list<int32>: text to score, null where the teacher
+     shall write), the columns of TEACHER_OUTPUT_SCHEMA (rows whose `topk_ids` are not null have their answer already),
+     and any other columns.
+Out: the other columns, those of TEACHER_OUTPUT_SCHEMA, and `teacher_seconds`: what the row took of its actor's time.
+     Summed over rows it is the time during which the teachers were busy; 0 for rows that came answered.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, Dataset
+
+from teacher_serving.config import HfTeacherConfig, VllmTeacherConfig
+from teacher_serving.connect import connect, cpu_environment, resolve_device
+from teacher_serving.faults import VARIABLE as FAULT_VARIABLE
+from teacher_serving.faults import planned_fault
+from teacher_serving.types import TEACHER_OUTPUT_SCHEMA, Teacher, TeacherDeadError
+
+SECONDS_FIELD = pa.field("teacher_seconds", pa.float32())
+
+
+def teacher_stage(dataset: Dataset, config: VllmTeacherConfig | HfTeacherConfig) -> Dataset:
+    """The dataset with every row answered by a pool of teacher actors.
+
+    Blocks are cut to `batch_size` rows first: a block is what one call answers, and what flows on when it is done.
+    """
+    config = resolve_device(config, has_gpu=ray.cluster_resources().get("GPU", 0) > 0)
+    environment = cpu_environment(config) if config.device == "cpu" else {}
+    if FAULT_VARIABLE in os.environ:
+        environment[FAULT_VARIABLE] = os.environ[FAULT_VARIABLE]
+    may_grow = (config.max_replicas or config.num_replicas) > config.num_replicas
+    return dataset.repartition(target_num_rows_per_block=config.batch_size).map_batches(
+        TeacherActor,
+        fn_constructor_args=(config,),
+        batch_size=config.batch_size,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(
+            min_size=config.num_replicas,
+            max_size=config.max_replicas or config.num_replicas,
+            max_concurrent_calls_per_actor=config.concurrent_batches,
+            # Ray adds an actor only where calls queue; without that, none wait and the teacher's lead stays short.
+            max_tasks_in_flight_per_actor=(2 if may_grow else 1) * config.concurrent_batches,
+            enable_true_multi_threading=True,
+        ),
+        num_cpus=config.num_cpus,
+        num_gpus=config.gpus_per_actor,
+        runtime_env={"env_vars": environment},
+    )
+
+
+class TeacherActor:
+    """Hosts one teacher for Ray Data. Called from several threads at once; dies with its engine."""
+
+    def __init__(self, config: VllmTeacherConfig | HfTeacherConfig) -> None:
+        self._teacher = connect(config)
+        self._teacher.probe()
+        self._busy = BusyClock()
+        self._num_calls = 0
+        self._faults = [planned_fault("teacher", action) for action in ("exit", "engine_kill")]
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """The block's rows in their order, each with its answer."""
+        self._fail_on_purpose()
+        try:
+            return answer_block(self._teacher, block, self._busy)
+        except TeacherDeadError as error:
+            # Only the death of the process makes Ray start another and give it this block again: an exception would
+            # fail the job, and a clean exit would leave a hole in the pool.
+            print(f"teacher actor {os.getpid()} ends, its engine is dead: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    def _fail_on_purpose(self) -> None:
+        self._num_calls += 1
+        for fault in self._faults:
+            if fault is None or not fault.strikes(batch=self._num_calls):
+                continue
+            if fault.action == "exit":
+                os._exit(1)
+            children = multiprocessing.active_children()
+            assert children, "teacher:engine_kill needs an engine in a process of its own"
+            for child in children:
+                os.kill(child.pid or 0, signal.SIGKILL)
+
+
+def answer_block(teacher: Teacher, block: pa.Table, busy: BusyClock) -> pa.Table:
+    """The block's rows in their order, with the teacher's columns; rows that have their answer keep it."""
+    others = [name for name in block.column_names if name not in (*TEACHER_OUTPUT_SCHEMA.names, SECONDS_FIELD.name)]
+    answered = np.zeros(block.num_rows, bool)
+    if "topk_ids" in block.column_names:
+        answered = block.column("topk_ids").is_valid().to_numpy(zero_copy_only=False)
+    open_rows = block.filter(pa.array(~answered))
+    old = block.filter(pa.array(answered))
+    with_answers = open_rows.select(others)
+    busy.start()
+    try:
+        answers = ask(teacher, open_rows)
+    finally:
+        seconds = busy.stop()
+    for field in TEACHER_OUTPUT_SCHEMA:
+        with_answers = with_answers.append_column(field, answers.column(field.name))
+    share = np.full(open_rows.num_rows, seconds / max(1, open_rows.num_rows), np.float32)
+    with_answers = with_answers.append_column(SECONDS_FIELD, pa.array(share))
+    if not old.num_rows:
+        return with_answers
+    kept = old.select([*others, *TEACHER_OUTPUT_SCHEMA.names])
+    kept = kept.append_column(SECONDS_FIELD, pa.array(np.zeros(old.num_rows, np.float32))).cast(with_answers.schema)
+    return _in_order(with_answers, kept, second=answered)
+
+
+def ask(teacher: Teacher, rows: pa.Table) -> pa.Table:
+    """The teacher's answers to rows of `uid`, `prompt_ids` and maybe `recorded_ids`, as TEACHER_OUTPUT_SCHEMA in the
+    order of the rows: recorded text is scored, the others are written."""
+    if "recorded_ids" not in rows.column_names:
+        return teacher.generate(rows.select(["uid", "prompt_ids"]))
+    recorded = rows.column("recorded_ids").is_valid().to_numpy(zero_copy_only=False)
+    prompts = rows.filter(pa.array(~recorded)).select(["uid", "prompt_ids"])
+    sequences = rows.filter(pa.array(recorded)).select(["uid", "prompt_ids", "recorded_ids"])
+    written = teacher.generate(prompts)
+    scored = teacher.score(sequences.rename_columns(["uid", "prompt_ids", "output_ids"]))
+    return _in_order(written, scored, second=recorded)
+
+
+def _in_order(first: pa.Table, second_rows: pa.Table, *, second: np.ndarray) -> pa.Table:
+    """One table of both, in the order that `second` ([rows] bool: this row is the next of the second) tells."""
+    together = pa.concat_tables([first, second_rows])
+    place = np.concatenate((np.flatnonzero(~second), np.flatnonzero(second)))  # of each row of `together`
+    return together.take(pa.array(np.argsort(place))) if second.any() and not second.all() else together
+
+
+class BusyClock:
+    """Wall time during which at least one call ran, dealt out to the calls as they end. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_running = 0
+        self._dealt_until = 0.0
+
+    def start(self) -> None:
+        """A call begins."""
+        with self._lock:
+            if self._num_running == 0:
+                self._dealt_until = time.monotonic()
+            self._num_running += 1
+
+    def stop(self) -> float:
+        """A call ends: seconds of busy time since the last one did, or since the clock began to run."""
+        with self._lock:
+            now = time.monotonic()
+            seconds, self._dealt_until = now - self._dealt_until, now
+            self._num_running -= 1
+            return seconds
