@@ -48,13 +48,15 @@ def resolve_device(config: C, *, has_gpu: bool) -> C:
 def cpu_environment(config: LocalTeacherConfig) -> dict[str, str]:
     """Environment in which a CPU engine starts in seconds and leaves other processes their cores.
 
-    Must be set before vllm and torch are imported, so actors get it as their runtime environment.
+    Must be set before vllm and torch are imported, so actors get it as their runtime environment. What this process's
+    own environment says of the engine's settings stays.
     """
-    return {
-        "OMP_NUM_THREADS": str(config.num_threads),
+    settings = {
         "TORCHDYNAMO_DISABLE": "1",  # else each new shape compiles a C++ kernel, a quarter of a minute the first time
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process instead of three
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else every engine pins the same cores
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
     }
+    chosen = {name: os.environ.get(name, value) for name, value in settings.items()}
+    return {"OMP_NUM_THREADS": str(config.num_threads), **chosen}
