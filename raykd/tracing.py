@@ -310,15 +310,15 @@ class ProgressDisplay:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop.set()
         self._thread.join()
-        self._poll()
+        self.poll()
         if self._console.is_terminal:
             self._bar.stop()
 
     def _follow(self) -> None:
         while not self._stop.wait(self.POLL_SECONDS):
-            self._poll()
+            self.poll()
 
-    def _poll(self) -> None:
+    def poll(self) -> None:
         """Show the entries that were completed since the last call."""
         if not self._path.exists():
             return

@@ -156,8 +156,9 @@ def write(folder: Path, *entries: dict) -> None:
 def test_without_a_terminal_each_new_entry_is_one_plain_line_with_the_time_left(tmp_path):
     write(tmp_path, {"step": 10, "time": 50.0, "loss/total": 9.0})
     console = plain_console()
-    with ProgressDisplay(tmp_path, 100, console):
+    with ProgressDisplay(tmp_path, 100, console) as display:
         write(tmp_path, {"step": 10, "time": 100.0}, {"step": 20, "time": 110.0, "loss/total": 0.5})
+        display.poll()
         write(tmp_path, {"step": 40, "time": 130.0, "loss/total": 0.25})
     assert written(console) == "step 20/100 | ETA 1:20 | loss 0.5\nstep 40/100 | ETA 1:00 | loss 0.25\n"
 
