@@ -1,0 +1,116 @@
+"""Examples to padded micro-batches.
+
+In:  rows of `EXAMPLE_SCHEMA` (or `Example`s) and the lengths of their sequences.
+Out: `Batch` tensors, padded once from Arrow's own buffers, and the split of many rows into micro-batches by token budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from raykd.data.examples import examples_to_table
+from raykd.types import Batch, Example, Mark
+
+
+def collate_kd_batch(examples: pa.Table | Sequence[Example], pad_id: int) -> Batch:
+    """One right-padded micro-batch [B, T] with its N response tokens packed in row-major order.
+
+    K is the widest of the batch; narrower rows are filled with (id 0, -inf), rows without teacher scores also with
+    `log_tail` 0 (all mass in the tail) and `has_teacher` False. Raises ValueError for an empty batch.
+    """
+    table: pa.Table = examples if isinstance(examples, pa.Table) else examples_to_table(cast(Sequence[Example], examples))
+    if table.num_rows == 0:
+        raise ValueError("no examples to collate: found 0 rows, expected at least one")
+    flat_ids, lengths = _flat(table, "input_ids")
+    flat_marks, mark_lengths = _flat(table, "marks")
+    assert np.array_equal(lengths, mark_lengths), "marks and input_ids are of different length"
+    rows, width = len(lengths), int(lengths.max())
+    place = _ranges(np.arange(rows) * width, lengths)  # position of every token in the flattened [B * T]
+
+    input_ids = np.full(rows * width, pad_id, dtype=np.int64)
+    input_ids[place] = flat_ids
+    marks = np.zeros(rows * width, dtype=np.int32)
+    marks[place] = flat_marks
+    attention = np.zeros(rows * width, dtype=bool)
+    attention[place] = True
+
+    is_response = (flat_marks & Mark.RESPONSE) != 0
+    response_index = place[is_response]
+    assert not (response_index % width == 0).any(), "a response token in column 0 has nothing that predicts it"
+    row_of_token = np.repeat(np.arange(rows), lengths)
+    response_row = row_of_token[is_response]
+    top_k = table["top_k"].to_numpy().astype(np.int64)
+    source = table["source"].to_numpy().astype(np.int8)
+    topk_ids, topk_logprobs, log_tail = _pack_scores(table, top_k, response_row)
+    return Batch(
+        uid=torch.from_numpy(table["uid"].to_numpy().astype(np.int64)),
+        input_ids=torch.from_numpy(input_ids.reshape(rows, width)),
+        attention_mask=torch.from_numpy(attention.reshape(rows, width)),
+        marks=torch.from_numpy(marks.reshape(rows, width)),
+        response_index=torch.from_numpy(response_index),
+        response_source=torch.from_numpy(source[response_row]),
+        topk_ids=torch.from_numpy(topk_ids),
+        topk_logprobs=torch.from_numpy(topk_logprobs),
+        log_tail=torch.from_numpy(log_tail),
+        has_teacher=torch.from_numpy(top_k[response_row] > 0),
+    )
+
+
+def _pack_scores(table: pa.Table, top_k: np.ndarray, response_row: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Teacher scores of the N response tokens: ids [N, K], log-probabilities [N, K], tail [N]."""
+    ids, id_lengths = _flat(table, "topk_ids")
+    logprobs, _ = _flat(table, "topk_logprobs")
+    tail, tail_lengths = _flat(table, "log_tail")
+    num_tokens, width = len(response_row), int(top_k.max())
+    entries = top_k[response_row]  # K of every response token
+    num_response = np.bincount(response_row, minlength=len(top_k))
+    assert np.array_equal(id_lengths, num_response * top_k), "top-k scores do not cover the response tokens"
+    assert np.array_equal(tail_lengths, np.where(top_k > 0, num_response, 0)), "log_tail does not cover the response"
+    log_tail = np.zeros(num_tokens, dtype=np.float32)
+    log_tail[entries > 0] = tail
+    if (entries == width).all():  # one K for all, the usual case
+        shape = (num_tokens, width)
+        return ids.astype(np.int64).reshape(shape), logprobs.astype(np.float32).reshape(shape), log_tail
+    place = _ranges(np.arange(num_tokens) * width, entries)
+    packed_ids = np.zeros(num_tokens * width, dtype=np.int64)
+    packed_ids[place] = ids
+    packed = np.full(num_tokens * width, -np.inf, dtype=np.float32)
+    packed[place] = logprobs
+    return packed_ids.reshape(num_tokens, width), packed.reshape(num_tokens, width), log_tail
+
+
+def _flat(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """All values of a list column, and the length of every row."""
+    column = table[name].combine_chunks()
+    lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    return column.flatten().to_numpy(zero_copy_only=False), lengths
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """starts[i], starts[i] + 1, ... lengths[i] of them, for every i, end to end."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
+
+
+def split_micro_batches(lengths: np.ndarray | Sequence[int], max_tokens: int) -> list[np.ndarray]:
+    """Row indices of micro-batches whose padded size (rows x longest) is at most `max_tokens`; every row exactly once.
+
+    Rows of like length share a micro-batch, longest first, so that padding is small and memory peaks at once. A row longer
+    than the budget gets a micro-batch of its own. Raises ValueError for a budget below 1.
+    """
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}, expected at least 1 token for a micro-batch")
+    lengths = np.asarray(lengths, dtype=np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        longest = max(int(lengths[order[start]]), 1)
+        stop = start + max(max_tokens // longest, 1)
+        batches.append(order[start:stop])
+        start = stop
+    return batches
