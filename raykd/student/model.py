@@ -1,0 +1,171 @@
+"""The model that learns: any Hugging Face causal language model, stopped before its LM head.
+
+In:  StudentConfig (a folder, or a config.json with random weights, or some layers of a larger model).
+Out: `Student`: input_ids -> StudentOutput; the head's weight for the losses; a plain Hugging Face folder on `save`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from raykd.config import StudentConfig
+from raykd.types import StudentOutput
+
+
+class Student(nn.Module):
+    """A causal LM in float32 whose forward pass ends at the final norm; logits are the business of the losses."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, saved_dtype: torch.dtype):
+        """`saved_dtype` is what config.json of a saved student names: the type that servers load it in."""
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.saved_dtype = saved_dtype
+
+    def forward(self, input_ids: torch.Tensor) -> StudentOutput:
+        """Hidden states [B, T, H] after the final norm, for input_ids [B, T] padded on the right.
+
+        No attention mask: a causal model never looks to the right, so padding there reaches no real position, and without
+        a mask the fast causal kernels run. What comes out at padding is finite and meaningless.
+        """
+        return StudentOutput(hidden=self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state)
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """Weight of the LM head [V, H]; the embedding itself where the two are tied."""
+        return _head(self.model).weight
+
+    @property
+    def head_bias(self) -> torch.Tensor | None:
+        """Bias of the LM head [V], if it has one."""
+        return _head(self.model).bias
+
+    def save(self, folder: Path) -> None:
+        """Write a plain Hugging Face folder: safetensors, config, generation config, tokenizer.
+
+        Weights stay in float32, so that training can go on from them exactly; config.json names `saved_dtype`, the type
+        in which transformers and vLLM will load them.
+        """
+        self.model.save_pretrained(folder)
+        trained_dtype = self.model.config.dtype
+        self.model.config.dtype = self.saved_dtype
+        self.model.config.save_pretrained(folder)
+        self.model.config.dtype = trained_dtype
+        self.tokenizer.save_pretrained(folder)
+
+
+def _head(model: PreTrainedModel) -> nn.Linear:
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Linear), f"the LM head of {type(model).__name__} is a {type(head).__name__}"
+    return head
+
+
+def load_student(config: StudentConfig, seed: int) -> Student:
+    """Load (or initialise from `seed`) the student that `config` describes, in float32, on the CPU.
+
+    Errors: ValueError when a tensor is missing from the folder, is not part of the model or has another shape, when
+    `layers` names a layer that is not there, or when the model's logits are more than hidden @ head + bias.
+    """
+    architecture = student_config(config)
+    saved_dtype = architecture.dtype if isinstance(architecture.dtype, torch.dtype) else torch.float32
+    if not config.random_weights and config.layers is None:
+        model = _load_strictly(config)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32, attn_implementation=config.attention)
+        if not config.random_weights and config.layers is not None:
+            model = _cut(_load_strictly(config), config.layers, model)
+    _check_head(model.eval())
+    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.model)
+    return Student(model.train(), tokenizer, saved_dtype)
+
+
+def student_config(config: StudentConfig) -> PretrainedConfig:
+    """The student's Hugging Face config, with `layers` applied; reads config.json only."""
+    if not Path(config.model).exists():
+        raise ValueError(f"student.model: found no file or folder {config.model!r}; expected a Hugging Face model folder")
+    architecture = AutoConfig.from_pretrained(config.model)
+    if config.layers is None:
+        return architecture
+    num_layers = architecture.num_hidden_layers
+    wrong = [layer for layer in config.layers if not 0 <= layer < num_layers]
+    if wrong or not config.layers:
+        raise ValueError(
+            f"student.layers={list(config.layers)}: expected layers between 0 and {num_layers - 1}, because "
+            f"{config.model!r} has {num_layers}"
+        )
+    for name, value in architecture.to_dict().items():  # lists with an entry per layer, such as layer_types
+        if isinstance(value, list) and len(value) == num_layers:
+            setattr(architecture, name, [value[layer] for layer in config.layers])
+    architecture.num_hidden_layers = len(config.layers)
+    return architecture
+
+
+def count_parameters(architecture: PretrainedConfig) -> int:
+    """Parameters of a model with this config, tied ones once; allocates nothing."""
+    return sum(parameter.numel() for parameter in _on_meta(architecture).parameters())
+
+
+def _on_meta(architecture: PretrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(architecture)
+
+
+def _load_strictly(config: StudentConfig) -> PreTrainedModel:
+    model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+        config.model,
+        dtype=torch.float32,
+        attn_implementation=config.attention,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are in the report, and refused below with the others
+    )
+    problems = [f"{name}: {sorted(map(str, found))[:5]}" for name, found in report.items() if found]
+    if problems:
+        raise ValueError(
+            f"{config.model!r} does not hold exactly the weights of {type(model).__name__}: {'; '.join(problems)}. Tensors "
+            "that are missing would be random; take the complete checkpoint of this architecture"
+        )
+    return model
+
+
+def _cut(whole: PreTrainedModel, layers: tuple[int, ...], model: PreTrainedModel) -> PreTrainedModel:
+    """Fill `model`, which has only `len(layers)` layers, with those layers of `whole` and with all that is no layer."""
+    num_layers = whole.config.num_hidden_layers
+    stack = next(
+        name for name, module in whole.named_modules() if isinstance(module, nn.ModuleList) and len(module) == num_layers
+    )
+    weights = whole.state_dict()
+    kept = {name: tensor for name, tensor in weights.items() if not name.startswith(f"{stack}.")}
+    for new, old in enumerate(layers):
+        prefix = f"{stack}.{old}."
+        layer = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+        kept |= {f"{stack}.{new}.{name}": tensor for name, tensor in layer.items()}
+    model.load_state_dict(kept, strict=True)
+    return model
+
+
+@torch.no_grad()
+def _check_head(model: PreTrainedModel) -> None:
+    """Compare the model's own logits with the ones the losses will compute from hidden states and head."""
+    input_ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    plain = _head(model)(hidden)
+    difference = (model(input_ids=input_ids, use_cache=False).logits - plain).abs().max().item()
+    if not difference <= 1e-3 * plain.abs().max().item():
+        raise ValueError(
+            f"{type(model).__name__} does more to its logits than its LM head (they differ by {difference:.3g} from "
+            "hidden @ head + bias): the losses would train another distribution; take a student without logit scaling or "
+            "soft-capping"
+        )

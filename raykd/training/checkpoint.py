@@ -1,0 +1,208 @@
+"""A run's state on disk: whole or not there at all, checked when read, and enough to go on exactly.
+
+In:  a `Snapshot` of the run. Out: `<run>/checkpoints/checkpoint-<step>/`, and the same parts back.
+
+    student/                a plain Hugging Face folder with tokenizer: serve it, evaluate it, train on from it
+    optimizer.safetensors   Adam's moments by parameter name
+    rng-<rank>.safetensors  random state of every rank
+    ledger.npy              sorted int64 uids of the sequences that went into optimizer steps since the run began
+    state.json              step, epoch, counters, number of steps of the schedule, config, identity of the teacher
+    manifest.json           size and sha256 of all of these; written last
+
+A checkpoint is written into a hidden folder, flushed to disk and renamed; old ones go only after that. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from raykd.student.model import Student
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+LEDGER = "ledger.npy"
+OPTIMIZER = "optimizer.safetensors"
+STUDENT = "student"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used: what was found in it, what was expected, which one to take instead."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that a run is made of between two steps."""
+
+    student: Student
+    optimizer: dict[str, Tensor]
+    ledger: np.ndarray  # int64, sorted
+    rng: list[dict[str, Tensor]]  # by rank
+    state: dict[str, Any]  # JSON; has "step"
+
+
+def save_checkpoint(run_folder: Path, snapshot: Snapshot, keep: int) -> Path:
+    """Publish `checkpoint-<step>` and drop all but the newest `keep`; returns its folder.
+
+    A checkpoint of this step that is already there is left as it is. When writing fails (a full disk), the error is raised
+    and the earlier checkpoints are untouched.
+    """
+    parent = run_folder / "checkpoints"
+    parent.mkdir(parents=True, exist_ok=True)
+    final = parent / f"checkpoint-{snapshot.state['step']}"
+    if final.exists():
+        return final
+    for leftover in parent.glob(".*-*"):  # of a process that died while writing or removing
+        shutil.rmtree(leftover)
+    temporary = parent / f".writing-{final.name}"
+    try:
+        _write(temporary, snapshot)
+        os.rename(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _flush(parent)
+    for old in list_checkpoints(run_folder)[:-keep]:
+        doomed = parent / f".removing-{old.name}"
+        os.rename(old, doomed)
+        shutil.rmtree(doomed)
+    return final
+
+
+def _write(folder: Path, snapshot: Snapshot) -> None:
+    folder.mkdir()
+    snapshot.student.save(folder / STUDENT)
+    save_file(snapshot.optimizer, folder / OPTIMIZER)
+    for rank, tensors in enumerate(snapshot.rng):
+        save_file(tensors, folder / f"rng-{rank}.safetensors")
+    np.save(folder / LEDGER, snapshot.ledger, allow_pickle=False)
+    _write_json(folder / STATE, snapshot.state)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    manifest = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+    }
+    for path in (*files, *(path for path in folder.rglob("*") if path.is_dir())):
+        _flush(path)
+    _write_json(folder / MANIFEST, {"files": manifest})
+    _flush(folder / MANIFEST)
+    _flush(folder)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False), encoding="utf-8")
+
+
+def _flush(path: Path) -> None:
+    """Have the file or folder on disk, not just in the page cache."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def list_checkpoints(run_folder: Path) -> list[Path]:
+    """The published checkpoints of a run, oldest first."""
+    found = (run_folder / "checkpoints").glob("checkpoint-*")
+    return sorted((path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)), key=_step)
+
+
+def latest_checkpoint(run_folder: Path) -> Path | None:
+    """The newest published checkpoint of a run; None before the first. Its contents are not looked at: `verify` does."""
+    return max(list_checkpoints(run_folder), key=_step, default=None)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
+def verify(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Compare files (all, or just `names`) with the manifest. Errors: CheckpointError with what is wrong."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _refuse(folder, f"{MANIFEST} cannot be read ({error})") from error
+    for name in manifest if names is None else names:
+        path = folder / name
+        if name not in manifest or not path.is_file():
+            raise _refuse(folder, f"{name} is missing")
+        expected = manifest[name]
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            raise _refuse(folder, f"{name} has {size} bytes, the manifest says {expected['bytes']}")
+        if _sha256(path) != expected["sha256"]:
+            raise _refuse(folder, f"{name} has other contents than when it was written (sha256 differs)")
+
+
+def _refuse(folder: Path, reason: str) -> CheckpointError:
+    earlier = [path for path in list_checkpoints(folder.parent.parent) if _step(path) < _step(folder)]
+    advice = (
+        f"the one before is {earlier[-1]}: remove {folder.name} to go on from there"
+        if earlier
+        else "there is no earlier one: start the run anew"
+    )
+    return CheckpointError(f"{folder} is damaged: {reason}; {advice}")
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint, verified."""
+    verify(folder, [STATE])
+    return json.loads((folder / STATE).read_text(encoding="utf-8"))
+
+
+def read_ledger(folder: Path | None) -> np.ndarray:
+    """Sorted uids [N] int64 that a checkpoint was trained on, verified; empty without a checkpoint."""
+    if folder is None:
+        return np.empty(0, np.int64)
+    verify(folder, [LEDGER])
+    return np.load(folder / LEDGER, allow_pickle=False)
+
+
+def read_rng(folder: Path, rank: int, world_size: int) -> dict[str, Tensor] | None:
+    """Random state of a rank; None when the checkpoint is of another number of ranks, where it has no meaning."""
+    if len(list(folder.glob("rng-*.safetensors"))) != world_size:
+        return None
+    return load_file(folder / f"rng-{rank}.safetensors")
+
+
+def optimizer_tensors(student: Student, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """State of the optimizer as `<parameter>|<key>` -> tensor; empty before the first step."""
+    return {
+        f"{name}|{key}": value
+        for name, parameter in student.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def restore_optimizer(folder: Path, student: Student, optimizer: torch.optim.Optimizer) -> None:
+    """Give the optimizer the state in a checkpoint. Errors: CheckpointError when it is not of exactly these parameters."""
+    tensors = load_file(folder / OPTIMIZER)
+    parameters = dict(student.named_parameters())
+    keys = ("exp_avg", "exp_avg_sq", "step")
+    names = {f"{name}|{key}" for name in parameters for key in keys}
+    if tensors and tensors.keys() != names:
+        differing = sorted(tensors.keys() ^ names)
+        raise CheckpointError(f"{folder / OPTIMIZER} is of another model: it differs in {differing[:5]}")
+    for name, parameter in parameters.items() if tensors else ():
+        state = {key: tensors[f"{name}|{key}"].to(parameter.device) for key in keys}
+        found, expected = list(state["exp_avg"].shape), list(parameter.shape)
+        if found != expected:
+            raise CheckpointError(f"{folder / OPTIMIZER}: found shape {found} for {name}, expected {expected}")
+        optimizer.state[parameter] = state

@@ -1,0 +1,170 @@
+"""The story of a run: take rows, make a step, once in a while log, validate, save; until the stream is dry.
+
+In:  a Trainer (student, optimizer, counters), a Feed (rows of the stream). Out: better weights, metrics, checkpoints.
+
+All ranks walk through this together. Before each step they agree on one message whether anybody has rows, whether anybody
+was asked to stop, and how many tokens each loss has in the whole step: the one division. A rank that has run dry goes on
+with an idle batch until all have. Neither ray nor vllm here: a step runs and is timed wherever torch does.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from raykd.config import LossConfig
+from raykd.losses.combine import combine, loss_counts
+from raykd.training.feed import Feed
+from raykd.training.meters import Sums, add_report, mean_losses, to_host
+from raykd.training.schedules import learning_rate
+from raykd.training.trainer import Trainer
+from raykd.types import Batch, LossReport
+
+logger = logging.getLogger(__name__)
+
+Log = Callable[[int, Mapping[str, float]], None]
+
+
+class NotFiniteError(ValueError):
+    """Too many steps in a row had a loss or gradient that is no number."""
+
+
+def fit(trainer: Trainer, feed: Feed, *, log: Log, stop: Callable[[], bool], before_step: Callable[[int], None]) -> bool:
+    """Train on what the feed yields, from the trainer's step on; leave a checkpoint. Collective.
+
+    Args:
+        log: called on every rank with (step, metrics); only rank 0's is meant to write.
+        stop: asked once a step; when any rank says yes, all leave after a checkpoint.
+        before_step: called with the number of the step that is about to be made, the first being 1.
+
+    Returns whether it was stopped, rather than the rows (or train.max_steps) at their end. Errors: NotFiniteError after
+    `max_skipped_steps` skipped steps in a row.
+    """
+    progress, limit = trainer.progress, trainer.config.train.max_steps
+    stopped = False
+    while limit is None or progress.step < limit:
+        rows = feed.next_step()  # blocks while the teacher is slower
+        agreed = trainer.ranks.sum(rows.numbers | {"stop": stop()} | count_tokens(rows.batches, trainer.config.loss))
+        stopped = bool(agreed["stop"])
+        if stopped or not agreed["sequences"]:
+            break
+        before_step(progress.step + 1)
+        step(trainer, rows.batches or [feed.idle_batch()], agreed)
+        trainer.recent.append(rows.uid)
+        trainer.meters.add_numbers(agreed)
+        progress.sequences += int(agreed["sequences"])
+        progress.response_tokens += int(agreed["response_tokens"])
+        _once_in_a_while(trainer, feed, log, at_end=False)
+    _once_in_a_while(trainer, feed, log, at_end=True)
+    return stopped
+
+
+def step(trainer: Trainer, batches: list[Batch], counts: Mapping[str, Tensor]) -> None:
+    """One optimizer step: this rank's micro-batches, and `counts`, the tokens of every loss over all ranks. Collective.
+
+
+    A loss or gradient that is not finite never reaches the weights: the step is skipped on all ranks alike.
+    """
+    world_size = trainer.ranks.world_size
+    counts = _on_device(trainer, counts)
+    sums: Sums = {}
+    for index, batch in enumerate(batches):
+        report = _forward(trainer, trainer.model, batch.to(trainer.device), counts)
+        add_report(sums, report)
+        # A total that is no number makes every gradient one, and so, once they are added up, the norm on every rank.
+        finite = torch.where(torch.isfinite(sums["total"]), 1.0, torch.nan)
+        with trainer.exchange_gradients(now=index == len(batches) - 1):
+            (report.total * world_size * finite).backward()  # DDP takes the mean over ranks: this makes it the sum
+    grad_norm = torch.nn.utils.clip_grad_norm_(trainer.student.parameters(), trainer.config.train.max_grad_norm)
+    if torch.isfinite(grad_norm):  # the one time per step that the host waits for the device
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = learning_rate(trainer.progress.step, trainer.num_steps, trainer.config.train)
+        trainer.optimizer.step()
+        trainer.progress.skipped_in_a_row = 0
+        trainer.meters.add_losses(sums | {"grad_norm": grad_norm / world_size})
+    else:
+        _skip(trainer, batches, grad_norm)
+    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.progress.step += 1
+
+
+def count_tokens(batches: list[Batch], config: LossConfig) -> dict[str, float]:
+    """Count of every active loss over some micro-batches that are still on the host; 0 where there are none."""
+    counts = dict.fromkeys(config.weights, 0.0)
+    for batch in batches:
+        for name, count in loss_counts(batch, config).items():
+            counts[name] += count.item()  # a tensor of the host
+    return counts
+
+
+def _on_device(trainer: Trainer, counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: counts[name].to(trainer.device, torch.float32) for name in trainer.config.loss.weights}
+
+
+def _forward(trainer: Trainer, model: nn.Module, batch: Batch, counts: Mapping[str, Tensor]) -> LossReport:
+    student = trainer.student
+    with trainer.autocast():
+        output = model(batch.input_ids)
+        return combine(batch, output, student.head_weight, trainer.config.loss, counts, head_bias=student.head_bias)
+
+
+def _skip(trainer: Trainer, batches: list[Batch], grad_norm: Tensor) -> None:
+    """Count a step that is not made and keep its rows for replay. Errors: NotFiniteError."""
+    progress, ranks = trainer.progress, trainer.ranks
+    progress.skipped_steps += 1
+    progress.skipped_in_a_row += 1
+    folder = trainer.run_folder / "skipped"
+    folder.mkdir(exist_ok=True)
+    file = folder / f"step-{progress.step + 1}-rank-{ranks.rank}.safetensors"
+    save_file({f"{i}/{name}": value for i, batch in enumerate(batches) for name, value in vars(batch).items()}, file)
+    logger.error("step %d is skipped: gradient norm %g; its batch is in %s", progress.step + 1, grad_norm, file)
+    if progress.skipped_in_a_row >= (limit := trainer.config.train.max_skipped_steps):
+        raise NotFiniteError(
+            f"{limit} steps in a row (the last is step {progress.step + 1}) had a loss or gradient that is not finite, "
+            f"train.max_skipped_steps allows {limit - 1}; their batches are in {folder}. Lower train.learning_rate, or look "
+            "for bad rows there"
+        )
+
+
+def _once_in_a_while(trainer: Trainer, feed: Feed, log: Log, *, at_end: bool) -> None:
+    """After a step: what is due by its number. At the end: what the last step's number did not call for."""
+    step, train = trainer.progress.step, trainer.config.train
+    if (step % train.log_every == 0) != at_end and trainer.meters.steps:
+        log(step, _metrics(trainer))
+    if (step % train.validate_every == 0) != at_end:
+        log(step, {f"validation/{name}": value for name, value in validate(trainer, feed).items()})
+    if (step % train.checkpoint_every == 0) != at_end:
+        trainer.save()
+
+
+def _metrics(trainer: Trainer) -> dict[str, float]:
+    """The log entry of the steps since the last one. Collective."""
+    progress = trainer.progress
+    entry = trainer.meters.read(trainer.ranks, trainer.config.loss.weights)
+    trainer.meters.clear()
+    return {
+        "epoch": progress.epoch,
+        "sequences": progress.sequences,
+        "response_tokens": progress.response_tokens,
+        "learning_rate": learning_rate(progress.step - 1, trainer.num_steps, trainer.config.train),
+        "skipped_steps": progress.skipped_steps,
+        **entry,
+    }
+
+
+@torch.no_grad()
+def validate(trainer: Trainer, feed: Feed) -> dict[str, float]:
+    """Losses and metrics on the held-out rows that have come by on all ranks; empty without any. Collective."""
+    batches = [batch for table in feed.held_out for batch in feed.batches(table)]
+    counts = trainer.ranks.sum(count_tokens(batches, trainer.config.loss))
+    sums: Sums = {}
+    trainer.student.eval()
+    for batch in batches or [feed.idle_batch()]:
+        add_report(sums, _forward(trainer, trainer.student, batch.to(trainer.device), _on_device(trainer, counts)))
+    trainer.student.train()
+    total = {name: value.item() for name, value in trainer.ranks.sum(to_host(sums)).items()}
+    return mean_losses(total, trainer.config.loss.weights, steps=1) if any(counts.values()) else {}

@@ -1,0 +1,184 @@
+"""The state of training in one worker: made new, or taken from the newest checkpoint, and put into the next one.
+
+In:  Config, the run folder, the group of workers. Out: a `Trainer`, which `loop.fit` drives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from raykd.config import Config, TrainConfig
+from raykd.student.model import Student, load_student
+from raykd.training.checkpoint import (
+    STUDENT,
+    Snapshot,
+    latest_checkpoint,
+    optimizer_tensors,
+    read_ledger,
+    read_rng,
+    read_state,
+    restore_optimizer,
+    save_checkpoint,
+    verify,
+)
+from raykd.training.meters import Meters
+from raykd.training.ranks import Ranks
+from raykd.training.rng import restore_rng, rng_state, seed_everything
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """How far a run is: the counters of state.json."""
+
+    step: int = 0
+    epoch: int = 0
+    sequences: int = 0  # that went into steps, over all ranks
+    response_tokens: int = 0
+    skipped_steps: int = 0  # whose loss or gradient was not finite
+    skipped_in_a_row: int = 0
+
+
+@dataclass
+class Trainer:
+    """One worker's student, optimizer and counters."""
+
+    config: Config
+    run_folder: Path
+    ranks: Ranks
+    device: torch.device
+    num_steps: int  # of the whole run: the length of the schedule
+    teacher: Mapping[str, Any]  # identity of the teacher, kept in checkpoints
+    student: Student
+    model: nn.Module  # the student itself, or DDP around it
+    optimizer: torch.optim.Optimizer
+    progress: Progress = field(default_factory=Progress)
+    meters: Meters = field(default_factory=Meters)
+    consumed: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # ledger of the newest checkpoint; rank 0
+    recent: list[np.ndarray] = field(default_factory=list)  # this rank's uids since then
+
+    def autocast(self) -> torch.autocast:
+        """Precision of the forward pass."""
+        enabled = self.config.train.precision == "bfloat16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    def exchange_gradients(self, now: bool) -> contextlib.AbstractContextManager[Any]:
+        """Around a backward pass: add the gradients up over the ranks at its end, or let them gather on this one."""
+        if isinstance(self.model, DistributedDataParallel) and not now:
+            return self.model.no_sync()
+        return contextlib.nullcontext()
+
+    def save(self) -> Path | None:
+        """Write a checkpoint of this step. Collective; rank 0 writes and returns its folder."""
+        uids = np.concatenate([*self.recent, np.empty(0, np.int64)])
+        parts = self.ranks.gather((uids, rng_state()))
+        self.recent.clear()
+        if not parts:
+            return None
+        ledger = np.sort(np.concatenate([self.consumed, *(part[0] for part in parts)]))
+        twice = ledger[1:][ledger[1:] == ledger[:-1]]
+        assert len(twice) == 0, f"{len(twice)} sequences were trained on twice, the first has uid {twice[0]}"
+        self.consumed = ledger
+        state = asdict(self.progress) | {
+            "num_steps": self.num_steps,
+            "world_size": self.ranks.world_size,
+            "teacher": dict(self.teacher),
+            "config": self.config.model_dump(mode="json"),
+        }
+        snapshot = Snapshot(
+            student=self.student,
+            optimizer=optimizer_tensors(self.student, self.optimizer),
+            ledger=ledger,
+            rng=[part[1] for part in parts],
+            state=state,
+        )
+        return save_checkpoint(self.run_folder, snapshot, self.config.train.keep_checkpoints)
+
+
+def make_trainer(
+    config: Config,
+    run_folder: Path,
+    *,
+    num_steps: int,
+    teacher: Mapping[str, Any],
+    ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
+    device: torch.device = torch.device("cpu"),  # noqa: B008 (frozen)
+) -> Trainer:
+    """A trainer at the run's newest checkpoint, or at its beginning. Collective.
+
+    `num_steps` is the length of the whole run. Errors: CheckpointError when that checkpoint is damaged or of another
+    student, ValueError of `load_student`.
+    """
+    checkpoint = latest_checkpoint(run_folder)
+    seed_everything(config.run.seed + ranks.rank)
+    if checkpoint is None:
+        student = load_student(config.student, config.run.seed)
+    else:
+        verify(checkpoint)
+        as_saved = {"model": str(checkpoint / STUDENT), "tokenizer": None, "random_weights": False, "layers": None}
+        student = load_student(config.student.model_copy(update=as_saved), config.run.seed)
+    student.to(device)
+    if config.train.gradient_checkpointing:
+        student.model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = make_optimizer(student, config.train)
+    trainer = Trainer(
+        config=config,
+        run_folder=run_folder,
+        ranks=ranks,
+        device=device,
+        num_steps=num_steps,
+        teacher=teacher,
+        student=student,
+        model=student if ranks.world_size == 1 else _replicated(student, device),
+        optimizer=optimizer,
+    )
+    if checkpoint is not None:
+        _restore(trainer, checkpoint)
+    return trainer
+
+
+def make_optimizer(student: Student, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; matrices decay, vectors (norms, biases) do not."""
+    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+
+
+def _replicated(student: Student, device: torch.device) -> DistributedDataParallel:
+    return DistributedDataParallel(
+        student,
+        device_ids=[device] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+
+
+def _restore(trainer: Trainer, checkpoint: Path) -> None:
+    state = read_state(checkpoint)
+    trainer.progress = Progress(**{name: state[name] for name in asdict(Progress())})
+    restore_optimizer(checkpoint, trainer.student, trainer.optimizer)
+    trainer.consumed = read_ledger(checkpoint)
+    rng = read_rng(checkpoint, trainer.ranks.rank, trainer.ranks.world_size)
+    if rng is None:
+        seed_everything(trainer.config.run.seed + trainer.ranks.rank + trainer.progress.step * 1_000_003)
+        logger.warning(
+            "%s was written by %d workers, now there are %d: random states (dropout) start anew, all else goes on",
+            checkpoint, state["world_size"], trainer.ranks.world_size,
+        )  # fmt: skip
+    else:
+        restore_rng(rng)
+    logger.info("go on from %s: step %d, %d sequences done", checkpoint, state["step"], state["sequences"])
