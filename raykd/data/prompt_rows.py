@@ -1,0 +1,192 @@
+"""One shard of the user's rows to part files of prepared prompts: what a task of `sources.py` does.
+
+In:  a Shard and the rules of the run.
+Out: Parquet files of PROMPT_ROW_SCHEMA, at most PART_ROWS rows each, and a ShardResult of ids, sizes and reasons.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raykd.data.chat import tokenize_row
+from raykd.data.conversation import RowError
+from raykd.data.readers import RawRow, Shard, read_rows
+
+PROMPT_ROW_SCHEMA = pa.schema(
+    [
+        ("uid", pa.int64()),
+        ("key", pa.string()),  # the row's own id, or file:line
+        ("messages_json", pa.string()),
+        ("tools_json", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("recorded_ids", pa.list_(pa.int32())),  # null when the teacher writes
+        ("response_mask", pa.list_(pa.bool_())),  # null when the teacher writes
+        ("held_out", pa.bool_()),
+    ]
+)
+"""`raykd.types.Prompt` as Arrow."""
+
+PART_ROWS = 256
+ROW_GROUP_ROWS = 32
+
+
+@dataclass(frozen=True)
+class RowRules:
+    """What decides how a row becomes a prompt."""
+
+    tokenizer: str  # folder
+    completions: Literal["teacher", "recorded"]
+    max_tokens: int  # of the prompt (teacher), of prompt and recorded part together (recorded)
+    on_long_prompt: Literal["reject", "truncate_left"]
+
+
+class Reject(NamedTuple):
+    """A row that is not used, and why."""
+
+    file: str
+    line: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """What the driver hears of a shard of N usable rows. No text but reasons."""
+
+    source: str  # the user's file
+    part: np.ndarray  # int32 [N] number of the row's part file
+    row: np.ndarray  # int32 [N] row within it
+    line: np.ndarray  # int64 [N]
+    uid: np.ndarray  # int64 [N]
+    key_hash: np.ndarray  # int64 [N] of file and key: equal for rows with the same id
+    prompt_hash: np.ndarray  # int64 [N] of the rendered prompt: equal for the same conversation
+    num_tokens: np.ndarray  # int32 [N] of the prompt
+    num_truncated: int
+    rejected: list[Reject]
+
+
+@dataclass
+class _Shelf:
+    """Rows on their way to part files, and the columns of the ShardResult so far."""
+
+    stem: Path
+    pending: list[dict[str, Any]] = field(default_factory=list)
+    columns: list[tuple[int, ...]] = field(default_factory=list)
+    num_parts: int = 0
+
+    def add(self, row: dict[str, Any], line: int, key_hash: int, prompt_hash: int) -> None:
+        numbers = (line, row["uid"], key_hash, prompt_hash, len(row["prompt_ids"]))
+        self.columns.append((self.num_parts, len(self.pending), *numbers))
+        self.pending.append(row)
+        if len(self.pending) == PART_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.pending:
+            table = pa.Table.from_pylist(self.pending, schema=PROMPT_ROW_SCHEMA)
+            write_table(Path(part_file(self.stem, self.num_parts)), table)
+            self.num_parts += 1
+            self.pending = []
+
+
+def prepare_shard(shard: Shard, stem: str, held_out: bool, rules: RowRules) -> ShardResult:
+    """Turn the rows of a shard into the files `<stem>-<part>.parquet`. Raises DataError where the file cannot be read."""
+    tokenizer = load_tokenizer(rules.tokenizer)
+    shelf = _Shelf(Path(stem))
+    rejected: list[Reject] = []
+    num_truncated = 0
+    for raw in read_rows(shard):
+        try:
+            row, truncated = _prompt_row(raw, shard.file.name, held_out, tokenizer, rules)
+        except RowError as error:
+            rejected.append(Reject(str(shard.file.path), raw.line, str(error)))
+            continue
+        num_truncated += truncated
+        key_hash = _hash(shard.file.name, row["key"])
+        shelf.add(row, raw.line, key_hash, _hash(row["prompt_ids"]))
+    shelf.flush()
+    columns = np.array(shelf.columns, np.int64).reshape(-1, 7).T
+    part, row_number, line, uid, key_hash, prompt_hash, num_tokens = columns
+    return ShardResult(
+        source=str(shard.file.path),
+        part=part.astype(np.int32),
+        row=row_number.astype(np.int32),
+        line=line,
+        uid=uid,
+        key_hash=key_hash,
+        prompt_hash=prompt_hash,
+        num_tokens=num_tokens.astype(np.int32),
+        num_truncated=num_truncated,
+        rejected=rejected,
+    )
+
+
+def _prompt_row(raw: RawRow, file: str, held_out: bool, tokenizer: Any, rules: RowRules) -> tuple[dict[str, Any], bool]:
+    """The row of PROMPT_ROW_SCHEMA, and whether its beginning was cut off. Raises RowError.
+
+    The uid hashes file name, key and the very ids the teacher is given: the same on every machine, and another one as soon
+    as the row, the template or the kind of completion changes, so that kept output is never taken for another prompt's.
+    """
+    if raw.error:
+        raise RowError(raw.error)
+    own_id = raw.value.get("id")
+    if own_id is not None and not isinstance(own_id, str | int):
+        raise RowError(f"`id` is a {type(own_id).__name__}; expected a string or an integer")
+    key = f"{file}:{raw.line}" if own_id is None else str(own_id)
+    try:
+        tokenized = tokenize_row(
+            tokenizer,
+            raw.value,
+            uid=0,
+            key=key,
+            completions=rules.completions,
+            max_tokens=rules.max_tokens,
+            overlong=rules.on_long_prompt,
+            held_out=held_out,
+        )
+        prompt = tokenized.prompt
+        (prompt.key + prompt.messages_json + prompt.tools_json).encode()
+    except UnicodeEncodeError as error:
+        raise RowError(f"text with a lone surrogate (character {error.start}): not valid Unicode") from error
+    row = {name: getattr(prompt, name) for name in PROMPT_ROW_SCHEMA.names}
+    recorded = [ids for ids in (prompt.recorded_ids, prompt.response_mask) if ids is not None]
+    row["uid"] = _hash(file, key, prompt.prompt_ids, *recorded)
+    return row, tokenized.truncated_tokens > 0
+
+
+def part_file(stem: str | Path, part: int) -> str:
+    """Name of a part file."""
+    return f"{stem}-{part:05d}.parquet"
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a Parquet file that is either whole or not there, in row groups small enough to read single rows back."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    pq.write_table(table, temporary, row_group_size=ROW_GROUP_ROWS, compression="zstd")
+    os.replace(temporary, path)
+
+
+@functools.lru_cache(maxsize=4)
+def load_tokenizer(folder: str) -> Any:
+    """The tokenizer of a folder, once per process."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _hash(*parts: str | np.ndarray) -> int:
+    """63-bit hash of the parts, each with its length."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else np.ascontiguousarray(part).tobytes()
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return int.from_bytes(digest.digest(), "little") >> 1

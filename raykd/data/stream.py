@@ -1,0 +1,283 @@
+"""The stream of one epoch: prompts -> teacher -> examples, as a Ray dataset that the train workers read block by block.
+
+In:  the prepared prompts, the epoch, the uids that were trained already.
+Out: a ray.data.Dataset of EXAMPLE_SCHEMA blocks, held-out rows first.
+
+The driver handles descriptors only (which rows of which files); prompts, scores and examples go from actor to actor
+through the object store. What the teacher answered is kept (cache.py); rows found there are read instead of asked for,
+and with all of them there the plan has no teacher. The teacher's lead over the trainer is bounded (LeadPolicy).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.data._internal.execution.backpressure_policy import (
+    ENABLED_BACKPRESSURE_POLICIES,
+    ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
+    BackpressurePolicy,
+)
+
+from raykd.config import Config
+from raykd.data.cache import CacheIndex, TeacherCache
+from raykd.data.examples import build_examples
+from raykd.data.prompt_rows import load_tokenizer
+from raykd.data.readers import DataError
+from raykd.data.sources import REJECTED_FILE, PromptSet, read_prompt_rows
+from raykd.types import EXAMPLE_SCHEMA
+from teacher_serving.actor import teacher_stage
+from teacher_serving.identity import describe
+from teacher_serving.types import TEACHER_OUTPUT_SCHEMA
+
+Stage = Callable[[Dataset], Dataset]
+
+SHUFFLE_WINDOW = 4
+"""Part files whose rows are mixed: more mix better and make every block open more files."""
+LEAD_KEY = "raykd.max_lead_bytes"
+
+DESCRIPTOR_SCHEMA = pa.schema(
+    [
+        ("epoch_uid", pa.int64()),
+        ("file", pa.string()),
+        ("row", pa.int32()),
+        ("cache_file", pa.string()),  # null: the teacher must be asked
+        ("cache_row", pa.int32()),
+    ]
+)
+"""What passes through the driver: about 100 bytes a prompt, whatever the prompt's length."""
+
+
+def build_dataset(config: Config, prompt_set: PromptSet, epoch: int, consumed_uids: np.ndarray) -> Dataset:
+    """The examples of an epoch that are still to be trained, held-out ones first. Lazy: nothing runs before it is read.
+
+    `consumed_uids`: int64, uids of this run's ledger (of any epoch, in any order).
+    """
+    return example_stream(config, prompt_set, epoch, consumed_uids, partial(teacher_stage, config=config.teacher))
+
+
+def example_stream(config: Config, prompt_set: PromptSet, epoch: int, consumed_uids: np.ndarray, teacher: Stage) -> Dataset:
+    """`build_dataset` with the stage that answers the rows given: the place where a benchmark puts a stand-in."""
+    set_data_context(config)
+    cache = teacher_cache(config, prompt_set)
+    blocks = plan_epoch(config, prompt_set, epoch, consumed_uids, cache.index())
+    if not blocks:
+        return ray.data.from_arrow(EXAMPLE_SCHEMA.empty_table())
+    answered = answered_stream(blocks, prompt_set, cache, teacher)
+    return answered.map_batches(
+        Extractor,
+        fn_constructor_kwargs={
+            "tokenizer": config.teacher.model,
+            "cache": cache,
+            "rejects": Rejects.of(prompt_set, config.data.max_rejected_fraction),
+        },
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(size=config.data.num_extractors),
+        num_cpus=config.data.extractor_cpus,
+    )
+
+
+def answered_stream(blocks: list[pa.Table], prompt_set: PromptSet, cache: TeacherCache, teacher: Stage) -> Dataset:
+    """The planned rows with the teacher's columns, read or asked for; no teacher where every row is read."""
+    prompts = ray.data.from_arrow(blocks).map_batches(
+        Prompts(prompt_set.folder, cache), batch_size=None, batch_format="pyarrow", num_cpus=0.25
+    )
+    return prompts if all(block["cache_file"].null_count == 0 for block in blocks) else teacher(prompts)
+
+
+def teacher_cache(config: Config, prompt_set: PromptSet) -> TeacherCache:
+    """Where this run keeps and finds its teacher's output."""
+    folder = config.data.teacher_cache or str(Path(prompt_set.folder).parent / "teacher_cache")
+    return TeacherCache(folder, describe(config.teacher).fingerprint)
+
+
+def set_data_context(config: Config) -> None:
+    """Every setting of Ray Data that raykd changes, in the DataContext of this process."""
+    context = DataContext.get_current()
+    context.execution_no_progress_timeout_s = -1  # a trainer may be busy, and a teacher may load, for hours
+    context.max_consecutive_actor_init_deaths = 3  # 0 would fail the run with the first engine that dies while starting
+    context.enable_fallback_to_arrow_object_ext_type = False  # a column Arrow cannot type is an error, not a pickle
+    context.enable_progress_bars = False
+    context.enable_operator_progress_bars = False
+    context.execution_options.preserve_order = config.data.fixed_order
+    context.set_config(LEAD_KEY, config.data.max_lead_tokens * bytes_per_token(config.teacher.top_k))
+    context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, LeadPolicy])
+
+
+def bytes_per_token(top_k: int) -> int:
+    """Bytes of one completion token of an example: K ids and log-probabilities, tail, id, marks."""
+    return 6 * top_k + 10
+
+
+class LeadPolicy(BackpressurePolicy):
+    """No new batch for the teacher while too much of its output waits for the trainer.
+
+    Ray Data's own back-pressure keeps the store from overflowing but lets the teacher run ahead by as much as fits.
+    This counts what is alive: output of the teacher and of all stages behind it, up to the blocks that train workers
+    hold, and what the running calls will add. It counts bytes, those of prompts too, so that the lead in tokens stays
+    below the bound. Lives in the process that executes the dataset.
+    """
+
+    def can_add_input(self, op) -> bool:
+        """Whether the stage may start another batch; true for all but the first one that makes completions."""
+        if op is not self._gated():
+            return True
+        limit = self._data_context.get_config(LEAD_KEY)
+        return self._lead_bytes(op) < limit
+
+    def _gated(self):
+        ops = {name: op for op in self._topology for name in ("Teacher", "Prompts") if name in op.name}
+        return ops.get("Teacher", ops.get("Prompts"))
+
+    def _lead_bytes(self, op) -> float:
+        behind, found = 0.0, False
+        for other in self._topology:  # in the order of the stages
+            found = found or other is op
+            if found:
+                behind += self._resource_manager.get_mem_op_outputs(other)
+        return behind + op.metrics.num_tasks_running * (op.metrics.average_bytes_per_output or 0)
+
+
+def epoch_uid(uid: np.ndarray, epoch: int) -> np.ndarray:
+    """Uids of prompts in an epoch, int64, not negative: epoch 0 has the prompts' own, others a mix of both (splitmix64)."""
+    if epoch == 0:
+        return uid
+    with np.errstate(over="ignore"):
+        x = uid.astype(np.uint64) + np.uint64(epoch) * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return ((x ^ (x >> np.uint64(31))) >> np.uint64(1)).astype(np.int64)
+
+
+def plan_epoch(
+    config: Config, prompt_set: PromptSet, epoch: int, consumed_uids: np.ndarray, cached: CacheIndex
+) -> list[pa.Table]:
+    """Descriptor blocks of `teacher.batch_size` rows: held-out rows first, then the epoch's order without what is consumed.
+
+    The order depends on the prompts, run.seed and epoch alone, so that it goes on unchanged after a restart.
+    """
+    index = prompt_set.index()
+    uid, held_out = index["uid"].to_numpy(), index["held_out"].to_numpy(zero_copy_only=False)
+    validation = np.flatnonzero(held_out)[: config.data.max_held_out]
+    train = np.flatnonzero(~held_out)
+    if config.data.shuffle:
+        parts = index["file"].combine_chunks().dictionary_encode()
+        rng = np.random.default_rng([config.run.seed, epoch])
+        place = rng.permutation(len(parts.dictionary))[parts.indices.to_numpy()]
+        train = train[np.lexsort((rng.random(len(train)), place[train] // SHUFFLE_WINDOW))]
+    train = train[~np.isin(epoch_uid(uid[train], epoch), consumed_uids)]
+    if not len(train):
+        return []
+    chosen = np.concatenate([validation, train])
+    file, cache_row = cached.lookup(uid[chosen])
+    names = np.array([*cached.files, None], object)  # -1, not found, is the last
+    table = pa.table(
+        {
+            "epoch_uid": np.concatenate([uid[validation], epoch_uid(uid[train], epoch)]),
+            "file": index["file"].take(pa.array(chosen)),
+            "row": index["row"].take(pa.array(chosen)),
+            "cache_file": pa.array(names[file], pa.string()),
+            "cache_row": cache_row,
+        },
+        schema=DESCRIPTOR_SCHEMA,
+    )
+    size = config.teacher.batch_size
+    return [table.slice(start, size).combine_chunks() for start in range(0, table.num_rows, size)]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Stage 1: descriptors to prompt rows, with the teacher's columns where the cache has them and null where not."""
+
+    folder: str
+    cache: TeacherCache
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """PROMPT_ROW_SCHEMA, TEACHER_OUTPUT_SCHEMA (uid of epoch 0 in both), epoch_uid and cached (bool)."""
+        prompts = read_prompt_rows(self.folder, block["file"].to_pylist(), block["row"].to_numpy())
+        cached = block["cache_file"].is_valid().to_numpy()
+        known = block.filter(pa.array(cached))
+        answers = self.cache.read(known["cache_file"].to_pylist(), known["cache_row"].to_numpy())
+        assert answers["uid"].equals(prompts["uid"].filter(pa.array(cached))), "the cache changed while it was in use"
+        # The place of each cached row among the cached; the others are null, which `take` turns into null rows.
+        answers = answers.take(pa.array(np.cumsum(cached) - 1, mask=~cached))
+        for name in TEACHER_OUTPUT_SCHEMA.names:
+            if name not in prompts.column_names:
+                prompts = prompts.append_column(name, answers[name])
+        return prompts.append_column("epoch_uid", block["epoch_uid"]).append_column("cached", pa.array(cached))
+
+
+@dataclass(frozen=True)
+class Rejects:
+    """rejected.jsonl, as the extractors write it: rows the teacher gave nothing usable for."""
+
+    file: str
+    num_rows: int  # of the user's files
+    limit: float  # data.max_rejected_fraction
+
+    @staticmethod
+    def of(prompt_set: PromptSet, limit: float) -> Rejects:
+        num_rows = prompt_set.num_train + prompt_set.num_held_out + prompt_set.num_rejected + prompt_set.num_contaminated
+        return Rejects(str(Path(prompt_set.folder).parent / REJECTED_FILE), num_rows, limit)
+
+    def add(self, keys: Sequence[str], uids: Sequence[int], reasons: Sequence[str]) -> None:
+        """Append rows; raise DataError when too large a share of all rows is rejected by now."""
+        lines = [
+            json.dumps({"key": key, "uid": uid, "reason": reason}, ensure_ascii=False) + "\n"
+            for key, uid, reason in zip(keys, uids, reasons, strict=True)
+        ]
+        with open(self.file, "ab", buffering=0) as file:  # one write: lines of several extractors do not mix
+            file.write("".join(lines).encode())
+        entries = [json.loads(line) for line in Path(self.file).read_bytes().splitlines()]
+        refused = len({entry["uid"] for entry in entries if "uid" in entry})  # a row tried again after a restart counts once
+        refused += sum("uid" not in entry and not entry["reason"].startswith("left out") for entry in entries)
+        if refused > self.limit * self.num_rows:
+            raise DataError(
+                f"{refused} of {self.num_rows} rows are unusable, more than data.max_rejected_fraction={self.limit} allows; "
+                f"the last: {reasons[-1]} (all in {self.file})"
+            )
+
+
+class Extractor:
+    """Stage 3: the teacher's answers to examples. Keeps new answers in the cache, and books rows that gave no example."""
+
+    def __init__(self, tokenizer: str, cache: TeacherCache, rejects: Rejects) -> None:
+        self._tokenizer = load_tokenizer(tokenizer)
+        self._cache = cache
+        self._rejects = rejects
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """A block of EXAMPLE_SCHEMA."""
+        rows = rows.combine_chunks()
+        self._cache.write(rows.filter(pa.array(~rows["cached"].to_numpy() & is_answered(rows))))
+        examples, rejected = build_examples(rows, self._tokenizer)
+        if rejected.num_rows:
+            of_row = dict(zip(rows["uid"].to_pylist(), rows["key"].to_pylist(), strict=True))
+            uids = rejected["uid"].to_pylist()
+            self._rejects.add([of_row[uid] for uid in uids], uids, rejected["reason"].to_pylist())
+        return _finish(rows, examples)
+
+
+def is_answered(rows: pa.Table) -> np.ndarray:
+    """[rows] bool: the teacher gave an answer."""
+    return np.array([not reason.startswith("error") for reason in rows["finish_reason"].to_pylist()], bool)
+
+
+def _finish(rows: pa.Table, examples: pa.Table) -> pa.Table:
+    """Give the examples their uid of the epoch and the teacher's times."""
+    order = np.argsort(rows["uid"].to_numpy())
+    place = order[np.searchsorted(rows["uid"].to_numpy(), examples["uid"].to_numpy(), sorter=order)]
+    source = rows.take(pa.array(place))
+    columns = {name: examples[name] for name in EXAMPLE_SCHEMA.names}
+    columns["uid"] = source["epoch_uid"]
+    for name in ("teacher_seconds", "teacher_wait_seconds"):
+        columns[name] = source[name] if name in source.column_names else pa.array(np.zeros(len(place), np.float32))
+    return pa.table(columns).cast(EXAMPLE_SCHEMA)
