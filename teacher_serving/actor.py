@@ -3,8 +3,9 @@
 In:  blocks with `uid` and `prompt_ids`; optionally `recorded_ids` (list<int32>: text to score, null where the teacher
      shall write), the columns of TEACHER_OUTPUT_SCHEMA (rows whose `topk_ids` are not null have their answer already),
      and any other columns.
-Out: the other columns, those of TEACHER_OUTPUT_SCHEMA, and `teacher_seconds`: what the row took of its actor's time.
-     Summed over rows it is the time during which the teachers were busy; 0 for rows that came answered.
+Out: the other columns, those of TEACHER_OUTPUT_SCHEMA, and two times of the row's actor: `teacher_seconds` that it took,
+     `teacher_wait_seconds` that the actor had stood idle before (nothing was given to it: what comes behind is slower).
+     Summed over rows: the time the teachers were busy, the time they waited. 0 for rows that came answered.
 """
 
 from __future__ import annotations
@@ -27,20 +28,20 @@ from teacher_serving.faults import VARIABLE as FAULT_VARIABLE
 from teacher_serving.faults import planned_fault
 from teacher_serving.types import TEACHER_OUTPUT_SCHEMA, Teacher, TeacherDeadError
 
-SECONDS_FIELD = pa.field("teacher_seconds", pa.float32())
+TIME_SCHEMA = pa.schema([("teacher_seconds", pa.float32()), ("teacher_wait_seconds", pa.float32())])
 
 
 def teacher_stage(dataset: Dataset, config: VllmTeacherConfig | HfTeacherConfig) -> Dataset:
     """The dataset with every row answered by a pool of teacher actors.
 
-    Blocks are cut to `batch_size` rows first: a block is what one call answers, and what flows on when it is done.
+    A block is what one call answers, and what flows on when it is done: give blocks of `batch_size` rows.
     """
     config = resolve_device(config, has_gpu=ray.cluster_resources().get("GPU", 0) > 0)
     environment = cpu_environment(config) if config.device == "cpu" else {}
     if FAULT_VARIABLE in os.environ:
         environment[FAULT_VARIABLE] = os.environ[FAULT_VARIABLE]
     may_grow = (config.max_replicas or config.num_replicas) > config.num_replicas
-    return dataset.repartition(target_num_rows_per_block=config.batch_size).map_batches(
+    return dataset.map_batches(
         TeacherActor,
         fn_constructor_args=(config,),
         batch_size=config.batch_size,
@@ -95,27 +96,29 @@ class TeacherActor:
 
 def answer_block(teacher: Teacher, block: pa.Table, busy: BusyClock) -> pa.Table:
     """The block's rows in their order, with the teacher's columns; rows that have their answer keep it."""
-    others = [name for name in block.column_names if name not in (*TEACHER_OUTPUT_SCHEMA.names, SECONDS_FIELD.name)]
+    others = [name for name in block.column_names if name not in (*TEACHER_OUTPUT_SCHEMA.names, *TIME_SCHEMA.names)]
     answered = np.zeros(block.num_rows, bool)
     if "topk_ids" in block.column_names:
         answered = block.column("topk_ids").is_valid().to_numpy(zero_copy_only=False)
     open_rows = block.filter(pa.array(~answered))
     old = block.filter(pa.array(answered))
     with_answers = open_rows.select(others)
-    busy.start()
+    waited = busy.start()
     try:
         answers = ask(teacher, open_rows)
     finally:
         seconds = busy.stop()
     for field in TEACHER_OUTPUT_SCHEMA:
         with_answers = with_answers.append_column(field, answers.column(field.name))
-    share = np.full(open_rows.num_rows, seconds / max(1, open_rows.num_rows), np.float32)
-    with_answers = with_answers.append_column(SECONDS_FIELD, pa.array(share))
+    for field, total in zip(TIME_SCHEMA, (seconds, waited), strict=True):
+        share = np.full(open_rows.num_rows, total / max(1, open_rows.num_rows), np.float32)
+        with_answers = with_answers.append_column(field, pa.array(share))
     if not old.num_rows:
         return with_answers
     kept = old.select([*others, *TEACHER_OUTPUT_SCHEMA.names])
-    kept = kept.append_column(SECONDS_FIELD, pa.array(np.zeros(old.num_rows, np.float32))).cast(with_answers.schema)
-    return _in_order(with_answers, kept, second=answered)
+    for field in TIME_SCHEMA:
+        kept = kept.append_column(field, pa.array(np.zeros(old.num_rows, np.float32)))
+    return _in_order(with_answers, kept.cast(with_answers.schema), second=answered)
 
 
 def ask(teacher: Teacher, rows: pa.Table) -> pa.Table:
@@ -144,19 +147,24 @@ class BusyClock:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._num_running = 0
-        self._dealt_until = 0.0
+        self._dealt_until: float | None = None
 
-    def start(self) -> None:
-        """A call begins."""
+    def start(self) -> float:
+        """A call begins: seconds since the last one ended; 0 for the first, and while others run."""
         with self._lock:
+            now = time.monotonic()
+            idle = 0.0
             if self._num_running == 0:
-                self._dealt_until = time.monotonic()
+                idle = 0.0 if self._dealt_until is None else now - self._dealt_until
+                self._dealt_until = now
             self._num_running += 1
+            return idle
 
     def stop(self) -> float:
         """A call ends: seconds of busy time since the last one did, or since the clock began to run."""
         with self._lock:
             now = time.monotonic()
+            assert self._dealt_until is not None, "no call has started"
             seconds, self._dealt_until = now - self._dealt_until, now
             self._num_running -= 1
             return seconds

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
 from ray.data._internal.execution.backpressure_policy import (
     ENABLED_BACKPRESSURE_POLICIES,
     ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
@@ -67,11 +67,10 @@ def example_stream(config: Config, prompt_set: PromptSet, epoch: int, consumed_u
     """`build_dataset` with the stage that answers the rows given: the place where a benchmark puts a stand-in."""
     set_data_context(config)
     cache = teacher_cache(config, prompt_set)
-    blocks = plan_epoch(config, prompt_set, epoch, consumed_uids, cache.index())
-    if not blocks:
+    plan = plan_epoch(config, prompt_set, epoch, consumed_uids, cache.index())
+    if not plan.num_rows:
         return ray.data.from_arrow(EXAMPLE_SCHEMA.empty_table())
-    answered = answered_stream(blocks, prompt_set, cache, teacher)
-    return answered.map_batches(
+    return answered_stream(config, prompt_set, plan, cache, teacher).map_batches(
         Extractor,
         fn_constructor_kwargs={
             "tokenizer": config.teacher.model,
@@ -85,12 +84,22 @@ def example_stream(config: Config, prompt_set: PromptSet, epoch: int, consumed_u
     )
 
 
-def answered_stream(blocks: list[pa.Table], prompt_set: PromptSet, cache: TeacherCache, teacher: Stage) -> Dataset:
-    """The planned rows with the teacher's columns, read or asked for; no teacher where every row is read."""
+def answered_stream(config: Config, prompt_set: PromptSet, plan: pa.Table, cache: TeacherCache, teacher: Stage) -> Dataset:
+    """The planned rows with the teacher's columns, in blocks of `teacher.batch_size` rows.
+
+    What the cache has is read, the rest asked for; there is no teacher where the cache has all.
+    """
+    size = config.teacher.batch_size
+    blocks = [plan.slice(start, size).combine_chunks() for start in range(0, plan.num_rows, size)]
+    # As many at a time as extractors: each is a process that loads torch; and so the two are one stage without a teacher.
     prompts = ray.data.from_arrow(blocks).map_batches(
-        Prompts(prompt_set.folder, cache), batch_size=None, batch_format="pyarrow", num_cpus=0.25
+        Prompts(prompt_set.folder, cache),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=TaskPoolStrategy(size=config.data.num_extractors),
+        num_cpus=config.data.extractor_cpus,
     )
-    return prompts if all(block["cache_file"].null_count == 0 for block in blocks) else teacher(prompts)
+    return teacher(prompts) if plan["cache_file"].null_count else prompts
 
 
 def teacher_cache(config: Config, prompt_set: PromptSet) -> TeacherCache:
@@ -157,10 +166,8 @@ def epoch_uid(uid: np.ndarray, epoch: int) -> np.ndarray:
         return ((x ^ (x >> np.uint64(31))) >> np.uint64(1)).astype(np.int64)
 
 
-def plan_epoch(
-    config: Config, prompt_set: PromptSet, epoch: int, consumed_uids: np.ndarray, cached: CacheIndex
-) -> list[pa.Table]:
-    """Descriptor blocks of `teacher.batch_size` rows: held-out rows first, then the epoch's order without what is consumed.
+def plan_epoch(config: Config, prompt_set: PromptSet, epoch: int, consumed_uids: np.ndarray, cached: CacheIndex) -> pa.Table:
+    """DESCRIPTOR_SCHEMA: held-out rows first, then the epoch's order without what is consumed; empty if nothing is left.
 
     The order depends on the prompts, run.seed and epoch alone, so that it goes on unchanged after a restart.
     """
@@ -175,11 +182,11 @@ def plan_epoch(
         train = train[np.lexsort((rng.random(len(train)), place[train] // SHUFFLE_WINDOW))]
     train = train[~np.isin(epoch_uid(uid[train], epoch), consumed_uids)]
     if not len(train):
-        return []
+        return DESCRIPTOR_SCHEMA.empty_table()
     chosen = np.concatenate([validation, train])
     file, cache_row = cached.lookup(uid[chosen])
     names = np.array([*cached.files, None], object)  # -1, not found, is the last
-    table = pa.table(
+    return pa.table(
         {
             "epoch_uid": np.concatenate([uid[validation], epoch_uid(uid[train], epoch)]),
             "file": index["file"].take(pa.array(chosen)),
@@ -189,8 +196,6 @@ def plan_epoch(
         },
         schema=DESCRIPTOR_SCHEMA,
     )
-    size = config.teacher.batch_size
-    return [table.slice(start, size).combine_chunks() for start in range(0, table.num_rows, size)]
 
 
 @dataclass(frozen=True)
@@ -228,11 +233,14 @@ class Rejects:
         num_rows = prompt_set.num_train + prompt_set.num_held_out + prompt_set.num_rejected + prompt_set.num_contaminated
         return Rejects(str(Path(prompt_set.folder).parent / REJECTED_FILE), num_rows, limit)
 
-    def add(self, keys: Sequence[str], uids: Sequence[int], reasons: Sequence[str]) -> None:
-        """Append rows; raise DataError when too large a share of all rows is rejected by now."""
+    def add(self, rows: pa.Table, uids: Sequence[int], reasons: Sequence[str]) -> None:
+        """Append those of `rows` with these uids; raise DataError when too large a share of all rows is rejected by now."""
+        if not uids:
+            return
+        key = dict(zip(rows["uid"].to_pylist(), rows["key"].to_pylist(), strict=True))
         lines = [
-            json.dumps({"key": key, "uid": uid, "reason": reason}, ensure_ascii=False) + "\n"
-            for key, uid, reason in zip(keys, uids, reasons, strict=True)
+            json.dumps({"key": key[uid], "uid": uid, "reason": reason}, ensure_ascii=False) + "\n"
+            for uid, reason in zip(uids, reasons, strict=True)
         ]
         with open(self.file, "ab", buffering=0) as file:  # one write: lines of several extractors do not mix
             file.write("".join(lines).encode())
@@ -257,13 +265,15 @@ class Extractor:
     def __call__(self, rows: pa.Table) -> pa.Table:
         """A block of EXAMPLE_SCHEMA."""
         rows = rows.combine_chunks()
-        self._cache.write(rows.filter(pa.array(~rows["cached"].to_numpy() & is_answered(rows))))
+        keep_new(rows, self._cache)
         examples, rejected = build_examples(rows, self._tokenizer)
-        if rejected.num_rows:
-            of_row = dict(zip(rows["uid"].to_pylist(), rows["key"].to_pylist(), strict=True))
-            uids = rejected["uid"].to_pylist()
-            self._rejects.add([of_row[uid] for uid in uids], uids, rejected["reason"].to_pylist())
+        self._rejects.add(rows, rejected["uid"].to_pylist(), rejected["reason"].to_pylist())
         return _finish(rows, examples)
+
+
+def keep_new(rows: pa.Table, cache: TeacherCache) -> None:
+    """Write the answers that did not come from the cache into it."""
+    cache.write(rows.filter(pa.array(~rows["cached"].to_numpy() & is_answered(rows))))
 
 
 def is_answered(rows: pa.Table) -> np.ndarray:
