@@ -126,7 +126,7 @@ class VllmTeacherConfig(LocalTeacherConfig):
     """GPUs one engine spreads the model over."""
     request_timeout_s: float = Field(default=600.0, gt=0.0)
     """Seconds from a request's admission to the engine until it is given up and its row becomes an error row.
-    An engine step that takes longer than this counts as a dead engine."""
+    An engine step that takes a minute longer than this counts as a dead engine."""
 
     @property
     def _gpus_of_one_engine(self) -> int:

@@ -46,7 +46,9 @@ ARRAYS_KEPT_IN = ("0.32.",)
 MAX_CPU_KV_BYTES = 2 * 2**30
 SCORING_BYTES = 256 * 2**20
 POLL_S = 1.0
-"""How often a waiting caller looks whether the engine still steps."""
+"""How often a waiting caller looks whether the engine still lives."""
+STALL_S = 60.0
+"""How much longer than request_timeout_s one step may take before the engine counts as dead."""
 
 
 class VllmEngine:
@@ -67,7 +69,7 @@ class VllmEngine:
         self._wakeup = threading.Condition()
         self._closing = False
         self._death: str | None = None
-        self._last_step = time.monotonic()
+        self._step_began = time.monotonic()
         self._keeps_arrays = False
         self._thread = threading.Thread(target=self._run, name="teacher-engine", daemon=True)
         self._thread.start()
@@ -107,7 +109,8 @@ class VllmEngine:
                 return
             self._closing = True
             self._wakeup.notify()
-        self._thread.join(timeout=60.0)
+        if self._death is None:
+            self._thread.join()
         self._engine.engine_core.shutdown()
 
     # ---- answers in full precision, before they become a table
@@ -163,7 +166,7 @@ class VllmEngine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        requests = [_Request(np.concatenate((prompt.row(row), output.row(row))).tolist(), params.clone()) for row in rows]
+        requests = [_Request(np.concatenate((prompt.row(row), output.row(row))).tolist(), params) for row in rows]
         self._ask(requests)
         empty = Answer(np.empty(0, np.int32), (), "given")
         answers = [empty if problem is None else Answer.error(problem) for problem in problems]
@@ -193,9 +196,18 @@ class VllmEngine:
             done, pending = wait_for(pending, timeout=POLL_S, return_when=FIRST_EXCEPTION)
             for future in done:
                 future.result()  # raises TeacherDeadError
-            stuck_s = time.monotonic() - self._last_step
-            if pending and self._running and stuck_s > self._config.request_timeout_s + POLL_S:
-                raise TeacherDeadError(f"the engine has not finished a step for {stuck_s:.0f} s")
+            if pending and (problem := self._engine_problem()):
+                self._die(problem)  # the stepping thread hangs in vLLM and cannot say it
+
+    def _engine_problem(self) -> str | None:
+        """What keeps the engine from ever finishing its step, seen from outside the stepping thread."""
+        resources = getattr(self._engine.engine_core, "resources", None)  # of an engine in a child process
+        if resources is not None and resources.engine_dead:
+            return "the engine's process has ended"
+        stuck_s = time.monotonic() - self._step_began
+        if self._running and stuck_s > self._config.request_timeout_s + STALL_S:
+            return f"the engine has not finished a step for {stuck_s:.0f} s"
+        return None
 
     def _written(self, asked: _Request, uid: int) -> Answer:
         output = asked.done.result()
@@ -218,7 +230,6 @@ class VllmEngine:
                     assert isinstance(output, RequestOutput), f"expected written text, found {type(output).__name__}"
                     if request := self._running.pop(output.request_id, None):
                         request.done.set_result(output)
-                self._last_step = time.monotonic()
                 self._give_up_late_requests()
             self._die("the teacher was closed")
         except Exception as error:  # whatever broke the engine, its callers must not wait for ever
@@ -232,16 +243,28 @@ class VllmEngine:
                 self._wakeup.wait()
             if self._closing:
                 return False
-            admitted = [self._waiting.popleft() for _ in range(min(room - len(self._running), len(self._waiting)))]
-        for request in admitted:
-            name = str(self._next_id)
-            self._next_id += 1
-            internal = self._engine.add_request(name, tokens_input(request.prompt_ids), request.params)
-            if self._keeps_arrays:
-                self._engine.output_processor.request_states[internal].logprobs_processor = _KeptArrays()  # type: ignore[assignment]
-            request.deadline = time.monotonic() + self._config.request_timeout_s
-            self._running[name] = request
+            now = time.monotonic()
+            self._step_began = now
+            admitted: dict[str, _Request] = {}
+            while self._waiting and len(self._running) + len(admitted) < room:
+                request = self._waiting.popleft()
+                request.deadline = now + self._config.request_timeout_s
+                admitted[str(self._next_id)] = request
+                self._next_id += 1
+            self._running.update(admitted)
+        for name, request in admitted.items():
+            self._add(name, request)
         return True
+
+    def _add(self, name: str, request: _Request) -> None:
+        try:
+            internal = self._engine.add_request(name, tokens_input(request.prompt_ids), request.params)
+        except ValueError as error:  # vLLM refuses this one; the others go on
+            self._running.pop(name).done.set_result(f"vLLM refused the request: {error}")
+            return
+        if self._keeps_arrays:
+            state = self._engine.output_processor.request_states[internal]
+            state.logprobs_processor = _KeptArrays()  # type: ignore[assignment]
 
     def _give_up_late_requests(self) -> None:
         now = time.monotonic()
@@ -254,7 +277,7 @@ class VllmEngine:
 
     def _die(self, reason: str) -> None:
         with self._wakeup:
-            self._death = reason
+            self._death = self._death or reason
             abandoned = [*self._running.values(), *self._waiting]
             self._running.clear()
             self._waiting.clear()
@@ -278,7 +301,7 @@ class VllmEngine:
         )
 
         def both() -> list[Answer]:
-            request = _Request(prompt["prompt_ids"][0].as_py(), greedy.clone())
+            request = _Request(prompt["prompt_ids"][0].as_py(), greedy)
             self._ask([request])
             return [self._written(request, uid=0), *(self.score_answers(sequence) if self._context > 6 else [])]
 

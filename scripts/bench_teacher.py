@@ -1,0 +1,294 @@
+"""Teacher stage against bare vLLM, side by side in one run on one engine: `python scripts/bench_teacher.py [--quick]`.
+
+In:  a random 2-layer model (V = 32000), K = 64, made on the spot.
+Out: a printed table and bench/teacher.json: microseconds a token from engine output to Arrow, and the rate of the
+     teacher actor relative to bare `LLM.generate` with flat, with no and with default log-probabilities.
+
+All cells of a round run one after the other on the same engine and the rounds repeat, so that other load on the
+machine meets every cell alike; a ratio is the median over rounds. CPU time is the column to trust on a busy machine.
+The bare cells stop at vLLM's own objects: making arrays of them is not charged to them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import numpy as np
+import pyarrow as pa
+import torch
+from vllm import LLM, EngineArgs, SamplingParams
+from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.v1.engine.logprobs import LogprobsProcessor
+from vllm.v1.outputs import LogprobsLists
+
+from teacher_serving import vllm_engine
+from teacher_serving.actor import TeacherActor
+from teacher_serving.arrow import Answer, answers_table
+from teacher_serving.config import SamplingConfig, VllmTeacherConfig
+from teacher_serving.types import TeacherInfo
+
+V, K = 32_000, 64
+PROMPT_TOKENS, OUTPUT_TOKENS = 32, 32
+Cell = Callable[[], int]  # does its work and says how many tokens it was
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="three rounds of fewer sequences, about two minutes")
+    parser.add_argument("--hidden-size", type=int, default=512)
+    parser.add_argument("--out", type=Path, default=Path("bench/teacher.json"))
+    args = parser.parse_args()
+    num_sequences, num_rounds = (64, 3) if args.quick else (256, 7)
+
+    report: dict[str, object] = {"K": K, "V": V, "hidden_size": args.hidden_size, "to_arrow_us_per_token": to_arrow()}
+    print("engine output to Arrow, microseconds of CPU a token:", report["to_arrow_us_per_token"])
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(Path(folder), args.hidden_size)
+        actor, llm, config = start(folder)
+        for title, cells in (
+            ("generate", generate_cells(actor, llm, config, num_sequences)),
+            ("score", score_cells(actor, llm, config, num_sequences)),
+        ):
+            report[title] = race(cells, num_rounds)
+            print_race(title, report[title])
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+# ---- the engine, shared by all cells
+
+
+def save_model(folder: Path, hidden_size: int) -> None:
+    """A random Qwen3 with a vocabulary of whole words, the cheapest there is to decode."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=V,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=max(2, hidden_size // 64),
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({f"w{index}": index for index in range(V)}, unk_token="w0"))
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w1").save_pretrained(folder)
+
+
+def start(model: str) -> tuple[TeacherActor, LLM, VllmTeacherConfig]:
+    """The teacher actor, and a bare LLM around the very same engine (idle while the other works)."""
+    config = VllmTeacherConfig(
+        model=model,
+        top_k=K,
+        dtype="float32",
+        device="cpu",
+        max_model_len=256,
+        max_num_seqs=32,
+        max_num_batched_tokens=512,
+        batch_size=16,
+        concurrent_batches=4,
+        sampling=SamplingConfig(max_tokens=OUTPUT_TOKENS, stop_token_ids=()),
+    )
+    engine_args = vllm_engine._engine_args
+
+    def with_tokenizer(config: VllmTeacherConfig, info: TeacherInfo) -> EngineArgs:  # default log-probs are decoded
+        return dataclasses.replace(engine_args(config, info), skip_tokenizer_init=False)
+
+    with patch.object(vllm_engine, "_engine_args", with_tokenizer):
+        actor = TeacherActor(config)
+    assert isinstance(actor._teacher, vllm_engine.VllmEngine)
+    engine = actor._teacher._engine
+    with patch.object(LLMEngine, "from_engine_args", lambda *_, **__: engine):
+        llm = LLM(model, max_logprobs=K, dtype="float32", enforce_eager=True)
+    return actor, llm, config
+
+
+# ---- cells
+
+
+def run_actor(actor: TeacherActor, table: pa.Table, config: VllmTeacherConfig) -> int:
+    """As Ray Data calls it: blocks of batch_size, concurrent_batches of them at once."""
+    blocks = [table.slice(at, config.batch_size) for at in range(0, table.num_rows, config.batch_size)]
+    with ThreadPoolExecutor(config.concurrent_batches) as threads:
+        answers = list(threads.map(actor, blocks))
+    return sum(len(answer["output_ids"].combine_chunks().flatten()) for answer in answers)
+
+
+def random_ids(num_sequences: int, length: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(2, V, (num_sequences, length), dtype=np.int32)
+
+
+def generate_cells(actor: TeacherActor, llm: LLM, config: VllmTeacherConfig, num_sequences: int) -> dict[str, Cell]:
+    """Writing OUTPUT_TOKENS for each prompt; every round has new prompts, so that no cache helps anybody."""
+    seeds = iter(range(10**6))
+
+    def prompts() -> np.ndarray:
+        return random_ids(num_sequences, PROMPT_TOKENS, next(seeds))
+
+    def ours() -> int:
+        table = pa.table({"uid": np.arange(num_sequences), "prompt_ids": list(prompts())})
+        return run_actor(actor, table, config)
+
+    def bare(**settings: object) -> Cell:
+        params = SamplingParams(temperature=0.0, max_tokens=OUTPUT_TOKENS, ignore_eos=True, **settings)  # type: ignore[arg-type]
+
+        def cell() -> int:
+            outputs = llm.generate([{"prompt_token_ids": row.tolist()} for row in prompts()], params, use_tqdm=False)
+            return sum(len(output.outputs[0].token_ids) for output in outputs)
+
+        return cell
+
+    return {
+        "actor": ours,
+        "flat": bare(logprobs=K, flat_logprobs=True, detokenize=False),
+        "logprobs=0": bare(logprobs=0, flat_logprobs=True, detokenize=False),
+        "default": bare(logprobs=K),
+    }
+
+
+def score_cells(actor: TeacherActor, llm: LLM, config: VllmTeacherConfig, num_sequences: int) -> dict[str, Cell]:
+    """Scoring sequences that are all output but for one token."""
+    length = PROMPT_TOKENS + OUTPUT_TOKENS
+    seeds = iter(range(10**6, 2 * 10**6))
+
+    def sequences() -> np.ndarray:
+        return random_ids(num_sequences, length, next(seeds))
+
+    def ours() -> int:
+        rows = sequences()
+        columns = {
+            "uid": np.arange(num_sequences),
+            "prompt_ids": list(rows[:, :1]),
+            "recorded_ids": pa.array(list(rows[:, 1:]), pa.list_(pa.int32())),
+        }
+        return run_actor(actor, pa.table(columns), config)
+
+    def bare(**settings: object) -> Cell:
+        params = SamplingParams(temperature=0.0, max_tokens=1, **settings)  # type: ignore[arg-type]
+
+        def cell() -> int:
+            outputs = llm.generate([{"prompt_token_ids": row.tolist()} for row in sequences()], params, use_tqdm=False)
+            return len(outputs) * (length - 1)
+
+        return cell
+
+    return {
+        "actor": ours,
+        "flat": bare(prompt_logprobs=K, flat_logprobs=True, detokenize=False),
+        "logprobs=0": bare(prompt_logprobs=0, flat_logprobs=True, detokenize=False),
+        "default": bare(prompt_logprobs=K),
+    }
+
+
+# ---- the race
+
+
+def race(cells: dict[str, Cell], num_rounds: int) -> dict[str, dict[str, float]]:
+    """Tokens a second of every cell, and the actor's rate relative to it (medians over rounds), by wall and CPU time."""
+    for cell in cells.values():
+        cell()  # first touches
+    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in cells}
+    names = list(cells)
+    for round_ in range(num_rounds):
+        for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
+            wall, cpu = time.perf_counter(), time.process_time()
+            tokens = cells[name]()
+            rates[name].append((tokens / (time.perf_counter() - wall), tokens / (time.process_time() - cpu)))
+    result = {}
+    for name in names:
+        result[name] = {
+            "tokens_per_s": statistics.median(wall for wall, _ in rates[name]),
+            "tokens_per_cpu_s": statistics.median(cpu for _, cpu in rates[name]),
+            "actor_ratio": statistics.median(a / b for (a, _), (b, _) in zip(rates["actor"], rates[name], strict=True)),
+            "actor_ratio_cpu": statistics.median(a / b for (_, a), (_, b) in zip(rates["actor"], rates[name], strict=True)),
+        }
+    return result
+
+
+def print_race(title: str, result: object) -> None:
+    assert isinstance(result, dict)
+    goals = {"flat": 1.0, "logprobs=0": 0.85, "default": 5.0}
+    print(f"\n{title:12}{'tokens/s':>10}{'tokens/CPU-s':>14}{'actor/this':>12}{'by CPU time':>13}{'goal':>7}")
+    for name, row in result.items():
+        goal = f">={goals[name]:g}" if name in goals else ""
+        print(
+            f"{name:12}{row['tokens_per_s']:10.0f}{row['tokens_per_cpu_s']:14.0f}"
+            f"{row['actor_ratio']:12.2f}{row['actor_ratio_cpu']:13.2f}{goal:>7}"
+        )
+
+
+# ---- engine output to Arrow, without an engine
+
+
+def to_arrow(num_tokens: int = 4096, num_repeats: int = 5) -> dict[str, float]:
+    """Microseconds of CPU a token from the engine's step outputs to an Arrow table (ours) or to vLLM's lists."""
+    generator = np.random.default_rng(0)
+    ids = np.argsort(generator.random((num_tokens, 512)), axis=1)[:, : K + 1].astype(np.int32)
+    ids[:, 0] = ids[:, 1]
+    logprobs = -np.sort(generator.exponential(3.0, (num_tokens, K + 1)), axis=1).astype(np.float32)
+    ranks = np.ones(num_tokens, np.int64)
+    steps = [
+        SimpleNamespace(
+            new_logprobs=LogprobsLists(ids[t : t + 1], logprobs[t : t + 1], ranks[t : t + 1]),
+            new_prompt_logprobs_tensors=None,
+            prompt_token_id_logprobs=None,
+        )
+        for t in range(num_tokens)
+    ]
+    info = TeacherInfo("bench", "", "", V, num_tokens + 8, ())
+    rows = pa.table({"uid": [0], "prompt_ids": pa.array([[1]], pa.list_(pa.int32()))})
+
+    def ours() -> None:
+        kept = vllm_engine._KeptArrays()
+        for step in steps:
+            kept.update_from_output(step)  # type: ignore[arg-type]
+        answers_table(rows, [Answer(ids[:, 0], vllm_engine._pieces(kept.logprobs, num_tokens), "length")], info, K, "0")
+
+    def lists(*, flat: bool) -> Callable[[], None]:
+        def cell() -> None:
+            params = SamplingParams(logprobs=K, flat_logprobs=flat, detokenize=False)
+            processor = LogprobsProcessor.from_new_request(None, SimpleNamespace(sampling_params=params))  # type: ignore[arg-type]
+            for step in steps:
+                processor.update_from_output(step)  # type: ignore[arg-type]
+            if flat:
+                pieces = vllm_engine._pieces(processor.logprobs, num_tokens)
+                answers_table(rows, [Answer(ids[:, 0], pieces, "length")], info, K, "0")
+
+        return cell
+
+    cells = {"ours": ours, "flat lists to Arrow": lists(flat=True), "nested, lists alone": lists(flat=False)}
+    times: dict[str, list[float]] = {name: [] for name in cells}
+    for _ in range(num_repeats):
+        for name, cell in cells.items():
+            began = time.process_time()
+            cell()
+            times[name].append((time.process_time() - began) / num_tokens * 1e6)
+    return {name: round(statistics.median(values), 2) for name, values in times.items()}
+
+
+if __name__ == "__main__":
+    main()
