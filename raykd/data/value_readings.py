@@ -50,6 +50,7 @@ _NUMBER = re.compile(
     r"(?<![\w.,])(?<![^\W\d]-)(?P<written>-?[0-9]++(?:[.,'’][0-9]++|[ \u00a0\u202f][0-9]{3}(?![0-9]))*+"
     r"(?:[eE][+-]?[0-9]{1,3}(?!\w))?)(?P<unit>\s?%|[^\W\d_]{0,3})(?!\w)"
 )
+_UNSPACED = re.compile(r"[^ \u00a0\u202f]+")
 _LIST_MARK = re.compile(r"[ \t>]*\d{1,3}[.)][ \t]")
 
 
@@ -73,12 +74,18 @@ def find_readings(text: str) -> list[Reading]:
 
 
 def _numbers(text: str) -> Iterator[Reading]:
+    """Digits that spaces group are read both ways: 1 234 is one number, or two."""
     for match in _NUMBER.finditer(text):
-        percent = match["unit"].strip() == "%"
-        values = _number_values(match["written"], percent)
-        if values and not _is_list_mark(text, match.start()):
-            span = Span(match.start(), match.end() if percent else match.end("written"))
-            yield Reading(span, frozenset(("number", canonical(value)) for value in values))
+        start, end = match.span("written")
+        if _is_list_mark(text, start):
+            continue
+        ranges = {(start, end)} | {part.span() for part in _UNSPACED.finditer(text, start, end)}
+        for first, last in sorted(ranges):
+            percent = last == end and match["unit"].strip() == "%"
+            values = _number_values(text[first:last], percent)
+            if values:
+                span = Span(first, match.end() if percent else last)
+                yield Reading(span, frozenset(("number", canonical(value)) for value in values))
 
 
 def _is_list_mark(text: str, start: int) -> bool:
