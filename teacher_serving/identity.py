@@ -32,8 +32,8 @@ VOLATILE_CONFIG_KEYS = ("transformers_version", "_name_or_path")
 def describe(config: LocalTeacherConfig) -> TeacherInfo:
     """What the teacher of this config can deliver.
 
-    Raises ValueError where the folder or a file of it is missing, where K is larger than the vocabulary, and where
-    the context asked for is longer than the model's.
+    Raises ValueError where the folder or a file of it is missing, where K is larger than the vocabulary, where a
+    stop token is outside it, and where the context asked for is longer than the model's.
     """
     folder = Path(config.model)
     model_config = read_model_config(folder)
@@ -43,6 +43,12 @@ def describe(config: LocalTeacherConfig) -> TeacherInfo:
         raise ValueError(
             f"top_k={config.top_k} is larger than the vocabulary of {folder}: {vocab_size} tokens; "
             f"expected at most {vocab_size}"
+        )
+    outside = [token for token in config.sampling.stop_token_ids or () if not 0 <= token < vocab_size]
+    if outside:
+        raise ValueError(
+            f"sampling.stop_token_ids {outside} are outside the vocabulary of {folder}: {vocab_size} tokens; "
+            f"expected 0 to {vocab_size - 1}"
         )
     model_limit = int(text_config.get("max_position_embeddings", 0))
     if not model_limit and config.max_model_len is None:

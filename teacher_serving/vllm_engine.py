@@ -28,6 +28,7 @@ import pyarrow as pa
 import torch
 import vllm
 from vllm import EngineArgs, SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm.inputs.engine import tokens_input
 from vllm.logprobs import FlatLogprobs
 from vllm.outputs import RequestOutput
@@ -259,7 +260,7 @@ class VllmEngine:
     def _add(self, name: str, request: _Request) -> None:
         try:
             internal = self._engine.add_request(name, tokens_input(request.prompt_ids), request.params)
-        except ValueError as error:  # vLLM refuses this one; the others go on
+        except (ValueError, VLLMValidationError) as error:  # vLLM refuses this one; the others go on
             self._running.pop(name).done.set_result(f"vLLM refused the request: {error}")
             return
         if self._keeps_arrays:

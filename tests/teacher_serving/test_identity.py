@@ -97,6 +97,8 @@ def test_what_the_files_do_not_allow_is_refused(model: Path):
         fingerprint(model, max_model_len=4096)
     with pytest.raises(ValueError, match="no model folder"):
         fingerprint(model / "nowhere")
+    with pytest.raises(ValueError, match="stop_token_ids .-1, 10000000. are outside"):
+        fingerprint(model, sampling=SamplingConfig(stop_token_ids=(3, -1, 10_000_000)))
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "vocab_size": 50}))
     with pytest.raises(ValueError, match="top_k=64 is larger than the vocabulary.* 50"):
