@@ -59,13 +59,15 @@ def fit(trainer: Trainer, feed: Feed, *, log: Log, stop: Callable[[], bool], bef
         progress.sequences += int(agreed["sequences"])
         progress.response_tokens += int(agreed["response_tokens"])
         _once_in_a_while(trainer, feed, log, at_end=False)
-    _once_in_a_while(trainer, feed, log, at_end=True)
+    if stopped:  # whoever stops a run wants it to be quick
+        trainer.save()
+    else:
+        _once_in_a_while(trainer, feed, log, at_end=True)
     return stopped
 
 
 def step(trainer: Trainer, batches: list[Batch], counts: Mapping[str, Tensor]) -> None:
     """One optimizer step: this rank's micro-batches, and `counts`, the tokens of every loss over all ranks. Collective.
-
 
     A loss or gradient that is not finite never reaches the weights: the step is skipped on all ranks alike.
     """
@@ -73,11 +75,11 @@ def step(trainer: Trainer, batches: list[Batch], counts: Mapping[str, Tensor]) -
     counts = _on_device(trainer, counts)
     sums: Sums = {}
     for index, batch in enumerate(batches):
-        report = _forward(trainer, trainer.model, batch.to(trainer.device), counts)
-        add_report(sums, report)
-        # A total that is no number makes every gradient one, and so, once they are added up, the norm on every rank.
-        finite = torch.where(torch.isfinite(sums["total"]), 1.0, torch.nan)
         with trainer.exchange_gradients(now=index == len(batches) - 1):
+            report = _forward(trainer, trainer.model, batch.to(trainer.device), counts)
+            add_report(sums, report)
+            # A total that is no number makes every gradient one, and so, once they are added up, the norm on every rank.
+            finite = torch.where(torch.isfinite(sums["total"]), 1.0, torch.nan)
             (report.total * world_size * finite).backward()  # DDP takes the mean over ranks: this makes it the sum
     grad_norm = torch.nn.utils.clip_grad_norm_(trainer.student.parameters(), trainer.config.train.max_grad_norm)
     if torch.isfinite(grad_norm):  # the one time per step that the host waits for the device
@@ -118,7 +120,7 @@ def _skip(trainer: Trainer, batches: list[Batch], grad_norm: Tensor) -> None:
     progress.skipped_steps += 1
     progress.skipped_in_a_row += 1
     folder = trainer.run_folder / "skipped"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"step-{progress.step + 1}-rank-{ranks.rank}.safetensors"
     save_file({f"{i}/{name}": value for i, batch in enumerate(batches) for name, value in vars(batch).items()}, file)
     logger.error("step %d is skipped: gradient norm %g; its batch is in %s", progress.step + 1, grad_norm, file)
@@ -135,8 +137,8 @@ def _once_in_a_while(trainer: Trainer, feed: Feed, log: Log, *, at_end: bool) ->
     step, train = trainer.progress.step, trainer.config.train
     if (step % train.log_every == 0) != at_end and trainer.meters.steps:
         log(step, _metrics(trainer))
-    if (step % train.validate_every == 0) != at_end:
-        log(step, {f"validation/{name}": value for name, value in validate(trainer, feed).items()})
+    if (step % train.validate_every == 0) != at_end and (measured := validate(trainer, feed)):
+        log(step, {f"validation/{name}": value for name, value in measured.items()})
     if (step % train.checkpoint_every == 0) != at_end:
         trainer.save()
 

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+PATIENCE = timedelta(hours=24)
+"""Ranks with rows wait here for the one that is still waiting for the teacher; a rank that died is noticed at once."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Ranks:
         """All ranks of the initialised default group. Collective: every rank calls it."""
         if dist.get_world_size() == 1:
             return cls()
-        group = dist.new_group(backend="gloo")
+        group = dist.new_group(backend="gloo", timeout=PATIENCE)
         assert isinstance(group, dist.ProcessGroup), "a group of all ranks includes this one"
         return cls(dist.get_rank(), dist.get_world_size(), group)
 

@@ -74,7 +74,7 @@ class Trainer:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
     def exchange_gradients(self, now: bool) -> contextlib.AbstractContextManager[Any]:
-        """Around a backward pass: add the gradients up over the ranks at its end, or let them gather on this one."""
+        """Around forward and backward: add the gradients up over the ranks at the end, or let them gather on this one."""
         if isinstance(self.model, DistributedDataParallel) and not now:
             return self.model.no_sync()
         return contextlib.nullcontext()

@@ -1,131 +1,14 @@
-"""A tiny student and rows for it: no tokenizer of the demo world, no teacher, no Ray."""
-
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 import pytest
-import torch
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from raykd.config import Config
-from raykd.training.feed import Feed
-from raykd.training.loop import fit
-from raykd.training.ranks import Ranks
-from raykd.training.trainer import Trainer, make_trainer
-from raykd.types import EXAMPLE_SCHEMA, Mark, Source
-
-VOCAB = 64
-TOP_K = 4
+from tests.training.tiny_run import save_student
 
 
 @pytest.fixture(scope="session")
 def student_path(tmp_path_factory) -> Path:
-    """A random 2-layer Qwen3 with tied embeddings and 64 words."""
     path = tmp_path_factory.mktemp("student")
-    words = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0")), pad_token="w0"
-    )
-    words.save_pretrained(path)
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        tie_word_embeddings=True,
-        initializer_range=0.1,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(path)
+    save_student(path)
     return path
-
-
-@pytest.fixture(scope="session")
-def make_config(student_path) -> Callable[..., Config]:
-    """Config of a small run; keyword arguments `train`, `loss`, `student` are merged in."""
-
-    def make(**sections) -> Config:
-        base = {
-            "teacher": {"kind": "hf", "model": str(student_path)},
-            "student": {"model": str(student_path)},
-            "data": {"prompts": "none"},
-            "loss": {"kd": 1.0, "ce_teacher": 0.5, "tool_name": 0.25},
-            "train": {"sequences_per_step": 8, "learning_rate": 1e-2, "log_every": 1, "weight_decay": 0.1},
-        }
-        for name, values in sections.items():
-            base[name] = base.get(name, {}) | values
-        return Config.model_validate(base)
-
-    return make
-
-
-def make_rows(num_rows: int, *, seed: int = 0, held_out: bool = False, lengths: tuple[int, int] = (4, 12)) -> pa.Table:
-    """Random sequences with random teacher scores; uids count up from 1000 * seed."""
-    random = np.random.default_rng(seed)
-    rows = []
-    for row in range(num_rows):
-        length = int(random.integers(*lengths, endpoint=True))
-        marks = np.zeros(length, np.uint16)
-        marks[2:] = Mark.RESPONSE
-        marks[2 + row % 2 :: 3] |= np.uint16(Mark.TOOL_NAME)
-        logits = np.sort(random.normal(size=(length - 2, TOP_K + 1)))[:, ::-1]
-        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        rows.append(
-            {
-                "uid": 1000 * seed + row,
-                "held_out": held_out,
-                "source": int(Source.TEACHER),
-                "input_ids": random.integers(0, VOCAB, length),
-                "marks": marks,
-                "topk_ids": np.concatenate([random.permutation(VOCAB)[:TOP_K] for _ in range(length - 2)]),
-                "topk_logprobs": logprobs[:, :TOP_K].astype(np.float16).ravel(),
-                "log_tail": logprobs[:, TOP_K],
-                "top_k": TOP_K,
-                "teacher_id": "random",
-                "num_calls": 0,
-                "num_truncated_calls": 0,
-                "teacher_seconds": 0.1,
-                "teacher_wait_seconds": 0.0,
-            }
-        )
-    return pa.Table.from_pylist(rows, schema=EXAMPLE_SCHEMA)
-
-
-def make_feed(trainer: Trainer, tables: list[pa.Table]) -> Feed:
-    """A feed of this rank's share, from tables that are already there."""
-    train = trainer.config.train
-    return Feed(iter(tables), trainer.ranks.share(train.sequences_per_step), train.max_tokens_per_micro_batch, pad_id=0)
-
-
-def run(
-    config: Config,
-    folder: Path,
-    tables: list[pa.Table],
-    *,
-    ranks: Ranks | None = None,
-    num_steps: int = 10,
-    stop: Callable[[], bool] = lambda: False,
-) -> tuple[Trainer, list[tuple[int, dict[str, float]]]]:
-    """Train from the newest checkpoint in `folder` on the rows that its ledger lacks; returns what was logged, too."""
-    trainer = make_trainer(config, folder, num_steps=num_steps, teacher={"fingerprint": "f"}, ranks=ranks or Ranks())
-    left = [table.filter(pa.array(~np.isin(table["uid"].to_numpy(), trainer.consumed))) for table in tables]
-    logged: list[tuple[int, dict[str, float]]] = []
-    fit(
-        trainer,
-        make_feed(trainer, left),
-        log=lambda step, metrics: logged.append((step, dict(metrics))),
-        stop=stop,
-        before_step=lambda step: None,
-    )
-    return trainer, logged
-
-
-def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in trainer.student.named_parameters()}

@@ -1,0 +1,108 @@
+"""Distil a student from a live teacher: `python -m raykd.train --config a.yaml b.yaml key=value … [--plan] [--resume]`.
+
+In:  the config, prompts, and the folders of teacher and student that it names.
+Out: `<run.dir>/<run.name>/` with checkpoints, metrics and the teacher's cached output.
+
+--plan prints what would run and starts nothing. --resume goes on from the newest checkpoint of the run.
+Exit code: 0 done, 1 something the user can mend, 130 or 143 stopped by SIGINT or SIGTERM after a checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import ray
+
+from raykd.cli import exit_code, open_run, parse, start_ray
+from raykd.config import Config
+from raykd.data.sources import prepare_prompts
+from raykd.tracing import ProgressDisplay, quiet_ray
+from raykd.training.checkpoint import CheckpointError, latest_checkpoint, read_state, verify
+from raykd.training.distributed import STOP_FILE, train_epoch
+from raykd.training.preflight import Plan, check, check_resources, num_steps, print_summary
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code. Errors: ValueError for what the user can mend."""
+    config, args = parse(argv, __doc__, "--plan", "--resume")
+    plan = check(config)
+    if args.plan:
+        print_summary(config, plan, num_prompts=None, cluster=None)
+        return 0
+
+    run_folder = open_run(config, resume=args.resume)
+    first_epoch = _check_checkpoint(run_folder, plan)
+    quiet_ray()
+    start_ray(config)
+    cluster = ray.cluster_resources()
+    check_resources(config, cluster)
+    prompts = prepare_prompts(config, run_folder)
+    steps = num_steps(config, prompts.num_train)
+    print_summary(config, plan, num_prompts=prompts.num_train, cluster=cluster)
+
+    with _stop_on_signals(run_folder) as received, _progress(config, run_folder, steps):
+        for epoch in range(first_epoch, config.train.epochs):
+            result = train_epoch(config, run_folder, prompts, epoch=epoch, num_steps=steps, teacher=plan.teacher)
+            if result.stopped or result.step >= (config.train.max_steps or result.step + 1):
+                break
+
+    checkpoint = latest_checkpoint(run_folder)
+    if received:
+        logger.warning("stopped; go on with --resume, from %s", checkpoint)
+        return 128 + received[0]
+    logger.info("done: the student is in %s/student", checkpoint)
+    return 0
+
+
+def _check_checkpoint(run_folder: Path, plan: Plan) -> int:
+    """Look at the newest checkpoint before anything starts; returns the epoch to go on with."""
+    checkpoint = latest_checkpoint(run_folder)
+    if checkpoint is None:
+        return 0
+    verify(checkpoint)
+    state = read_state(checkpoint)
+    found, now = state["teacher"]["fingerprint"], plan.teacher.fingerprint
+    if found != now:
+        raise CheckpointError(
+            f"{checkpoint} was trained on teacher {state['teacher']['teacher_id']} with fingerprint {found}, now it is "
+            f"{now}: its files or its settings have changed; bring them back or start another run.name"
+        )
+    return state["epoch"]
+
+
+def _progress(config: Config, run_folder: Path, steps: int) -> contextlib.AbstractContextManager[object]:
+    return ProgressDisplay(run_folder, steps) if config.tracking.progress_bar else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _stop_on_signals(run_folder: Path) -> Iterator[list[int]]:
+    """Have the first SIGINT or SIGTERM ask the workers for a checkpoint and an end; the second acts as ever.
+
+    Yields the list of signals received.
+    """
+    stop_file = run_folder / STOP_FILE
+    stop_file.unlink(missing_ok=True)
+    received: list[int] = []
+
+    def ask_to_stop(number: int, frame: object) -> None:
+        received.append(number)
+        stop_file.touch()
+        signal.signal(number, previous[number])
+
+    previous = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

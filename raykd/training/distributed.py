@@ -1,0 +1,252 @@
+"""The only glue to Ray Train: one epoch as one `TorchTrainer.fit`, restarted from the newest checkpoint when a worker dies.
+
+In:  Config, the prepared prompts, the run folder. Out: checkpoints and metrics in the run folder; how the epoch ended.
+
+Our checkpoints are the only truth. Each time Ray Train starts a group of workers, the callable that makes the dataset reads
+the ledger of the newest checkpoint and drops what is in it before the teacher, and the workers load the same checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import ray.train
+import torch
+from ray.train.torch import TorchTrainer, get_device
+from transformers import PreTrainedTokenizerBase
+
+from raykd.cli import set_up_logging
+from raykd.config import Config
+from raykd.data.examples import decode_spans, example_from_row
+from raykd.data.sources import PromptSet
+from raykd.data.stream import build_dataset
+from raykd.tracing import Tracer, quiet_ray
+from raykd.training.checkpoint import latest_checkpoint, read_ledger
+from raykd.training.feed import Feed
+from raykd.training.loop import Log, fit
+from raykd.training.ranks import Ranks
+from raykd.training.trainer import make_trainer
+from teacher_serving.faults import VARIABLE as FAULT_VARIABLE
+from teacher_serving.faults import planned_fault
+from teacher_serving.types import TeacherInfo
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+STOP_FILE = "stop"
+"""While this file is in the run folder, workers write a checkpoint after their step and leave."""
+MISTAKE_FILE = "mistake.txt"
+"""What only the user can mend, in the words of the worker that met it: no restart of the workers would help."""
+
+RAY_TRAIN_ENVIRONMENT = {
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers stay where the user started the run
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a dead worker is noticed; the default is 2
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
+}
+
+
+class TrainingError(ValueError):
+    """A worker met what only the user can mend."""
+
+
+@dataclass(frozen=True)
+class EpochSettings:
+    """What every worker is told."""
+
+    config: Config
+    run_folder: Path
+    epoch: int
+    num_steps: int  # of the whole run
+    teacher: TeacherInfo
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """How an epoch ended. `step` is the run's, after it."""
+
+    step: int
+    stopped: bool
+
+
+class Unequal(ray.train.DataConfig):
+    """Splits the stream over the workers without dropping rows: Ray's own way evens the shares by leaving rows out."""
+
+    def configure(self, datasets, world_size, worker_handles, worker_node_ids, **kwargs):
+        shards = {
+            name: dataset.streaming_split(world_size, equal=False, locality_hints=worker_node_ids)
+            for name, dataset in datasets.items()
+        }
+        return [{name: shards[name][rank] for name in shards} for rank in range(world_size)]
+
+
+def train_epoch(
+    config: Config, run_folder: Path, prompts: PromptSet, *, epoch: int, num_steps: int, teacher: TeacherInfo
+) -> EpochResult:
+    """Run one pass over the prompts, from the newest checkpoint on; blocks until it is done.
+
+    Errors: TrainingError for what the user can mend; ray.train.TrainingFailedError when workers died more often than
+    train.max_failures allows.
+    """
+    for name, value in RAY_TRAIN_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    mistake = run_folder / MISTAKE_FILE
+    mistake.unlink(missing_ok=True)
+    train = config.train
+    resources = {"CPU": train.cpus_per_worker} | ({"GPU": 1} if train.use_gpu else {})
+    environment = quiet_ray() | {name: os.environ[name] for name in (FAULT_VARIABLE,) if name in os.environ}
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"settings": EpochSettings(config, run_folder, epoch, num_steps, teacher)},
+        datasets={"train": lambda: build_dataset(config, prompts, epoch, read_ledger(latest_checkpoint(run_folder)))},
+        dataset_config=Unequal(),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=train.num_workers, use_gpu=train.use_gpu, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            # A name of its own each time: Ray Train silently resumes a run of a name it knows, and we do that ourselves.
+            name=f"epoch-{epoch}-{uuid.uuid4().hex[:8]}",
+            storage_path=str(run_folder / "ray_train"),
+            failure_config=ray.train.FailureConfig(max_failures=train.max_failures, controller_failure_limit=3),
+            worker_runtime_env={"env_vars": environment},
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    try:
+        result = _off_the_main_thread(trainer.fit)
+    except ray.train.TrainingFailedError:
+        if mistake.exists():
+            raise TrainingError(mistake.read_text(encoding="utf-8")) from None
+        raise
+    if mistake.exists():
+        raise TrainingError(mistake.read_text(encoding="utf-8"))
+    assert result.return_value is not None, "the rank-0 worker returns how the epoch ended"
+    return EpochResult(**result.return_value)
+
+
+def _off_the_main_thread(function: Callable[[], T]) -> T:
+    """Call and wait. On the main thread Ray Train would replace our answer to SIGINT by its own, which aborts."""
+    future: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, name="ray-train", daemon=True).start()
+    return future.result()
+
+
+def train_worker(loop_config: dict[str, Any]) -> dict[str, Any] | None:
+    """What each worker runs: the loop, told apart from what no restart would mend."""
+    settings: EpochSettings = loop_config["settings"]
+    mistake = settings.run_folder / MISTAKE_FILE
+    if mistake.exists():  # restarted after one: leave, so that the run ends
+        return None
+    try:
+        return asdict(_train(settings))
+    except Exception as error:
+        if (users := users_mistake(error)) is not None:
+            mistake.write_text(str(users), encoding="utf-8")
+        raise
+
+
+def users_mistake(error: BaseException | None) -> ValueError | None:
+    """The ValueError at the root of `error`, through Ray's wrapping; None when it is of another kind."""
+    while error is not None and not isinstance(error, ValueError):
+        error = getattr(error, "cause", None) or error.__cause__
+    while error is not None and isinstance(cause := getattr(error, "cause", None), ValueError):
+        error = cause
+    return error
+
+
+def _train(settings: EpochSettings) -> EpochResult:
+    set_up_logging()
+    config, run_folder = settings.config, settings.run_folder
+    torch.set_num_threads(config.train.threads_per_worker)
+    ranks = Ranks.of_process_group()
+    trainer = make_trainer(
+        config,
+        run_folder,
+        num_steps=settings.num_steps,
+        teacher=asdict(settings.teacher),
+        ranks=ranks,
+        device=get_device() if config.train.use_gpu else torch.device("cpu"),
+    )
+    trainer.progress.epoch = settings.epoch
+    tokenizer = trainer.student.tokenizer
+    tables = rows_of_this_worker()
+    if ranks.rank == 0 and trainer.progress.step == 0:
+        tables = show_an_example(tables, tokenizer)
+    share = ranks.share(config.train.sequences_per_step)
+    feed = Feed(tables, share, config.train.max_tokens_per_micro_batch, pad_id=tokenizer.pad_token_id or 0)
+    stop_file = run_folder / STOP_FILE
+    with _tracing(config, run_folder, ranks, trainer.progress.step) as log:
+        stopped = fit(
+            trainer,
+            feed,
+            log=log,
+            stop=lambda: ranks.rank == 0 and stop_file.exists(),
+            before_step=planned_faults(stop_file),
+        )
+    return EpochResult(trainer.progress.step, stopped)
+
+
+def planned_faults(stop_file: Path) -> Callable[[int], None]:
+    """What crash tests have happen before a step (teacher_serving/faults.py): `worker:exit@step=5` dies on the spot,
+    `worker:wait@step=5` waits until the run is asked to stop, or killed."""
+    exits, waits = (planned_fault("worker", action) for action in ("exit", "wait"))
+
+    def before_step(step: int) -> None:
+        if exits is not None and exits.strikes(step=step):
+            os._exit(1)
+        while waits is not None and waits.strikes(step=step) and not stop_file.exists():
+            time.sleep(0.05)
+
+    return before_step
+
+
+def rows_of_this_worker() -> Iterator[pa.Table]:
+    """This worker's share of the stream, block by block, as the teacher delivers it."""
+    shard = ray.train.get_dataset_shard("train")
+    yield from shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+
+
+def show_an_example(tables: Iterator[pa.Table], tokenizer: PreTrainedTokenizerBase) -> Iterator[pa.Table]:
+    """Hand the tables on, and log the first row as text with what its marks cover."""
+    waiting = True
+    for table in tables:
+        if waiting and table.num_rows:
+            example, waiting = example_from_row(table, 0), False
+            spans = {mark.name: texts for mark, texts in decode_spans(example, tokenizer).items() if texts}
+            text = tokenizer.decode(example.input_ids.tolist())
+            logger.info("the first example (%d tokens):\n%s\nits marks: %s", len(example.input_ids), text, spans)
+        yield table
+
+
+@contextlib.contextmanager
+def _tracing(config: Config, run_folder: Path, ranks: Ranks, step: int) -> Iterator[Log]:
+    """Where the metrics go: on rank 0 the run's sinks, on the others nowhere."""
+    if ranks.rank != 0:
+        yield lambda step, metrics: None
+        return
+    with Tracer(
+        run_folder,
+        config=config.model_dump(mode="json"),
+        tensorboard=config.tracking.tensorboard,
+        wandb_project=config.tracking.wandb_project,
+        start_step=step,
+    ) as tracer:
+        yield tracer.log

@@ -1,0 +1,214 @@
+"""The command, end to end on one Ray cluster: a live teacher, and workers and drivers that die on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import yaml
+from safetensors.torch import load_file
+
+from raykd.cli import exit_code
+from raykd.data.sources import PromptSet
+from raykd.tracing import read_metrics
+from raykd.train import main
+from raykd.training.checkpoint import latest_checkpoint, list_checkpoints, read_ledger, read_state
+from tests.conftest import save_tiny_model
+
+NUM_PROMPTS = 32
+NUM_HELD_OUT = 4
+
+
+@pytest.fixture(scope="session")
+def config_file(tmp_path_factory, demo_tokenizer, tiny_model_path) -> Path:
+    """A run of eight steps in a fixed order, with a checkpoint after every third."""
+    folder = tmp_path_factory.mktemp("train")
+    save_tiny_model(folder / "student", demo_tokenizer, seed=1, num_layers=1)
+    for name, count in (("prompts", NUM_PROMPTS), ("held_out", NUM_HELD_OUT)):
+        rows = [json.dumps({"prompt": f"{name}: what is {i} times {i + 3}?"}) + "\n" for i in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(rows))
+    config = {
+        "run": {"dir": str(folder / "runs")},
+        "teacher": {
+            "kind": "hf",
+            "model": str(tiny_model_path),
+            "dtype": "float32",
+            "top_k": 8,
+            "max_model_len": 64,
+            "batch_size": 8,
+            "sampling": {"max_tokens": 12},
+        },
+        "student": {"model": str(folder / "student")},
+        "data": {
+            "prompts": str(folder / "prompts.jsonl"),
+            "held_out": str(folder / "held_out.jsonl"),
+            "fixed_order": True,
+        },
+        "loss": {"kd": 1.0, "ce_teacher": 0.5},
+        "train": {
+            "sequences_per_step": 4,
+            "learning_rate": 1e-3,
+            "log_every": 1,
+            "validate_every": 4,
+            "checkpoint_every": 3,
+            "max_failures": 1,
+        },
+        "tracking": {"tensorboard": False, "progress_bar": False},
+    }
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+def folder_of(config_file: Path, name: str) -> Path:
+    return config_file.parent / "runs" / name
+
+
+def newest(run: Path) -> Path:
+    checkpoint = latest_checkpoint(run)
+    assert checkpoint is not None
+    return checkpoint
+
+
+def losses(run: Path) -> list[float]:
+    return [entry["loss/total"] for entry in read_metrics(run / "metrics.jsonl") if "loss/total" in entry]
+
+
+def train_uids(run: Path) -> np.ndarray:
+    index = PromptSet(**json.loads((run / "prompts" / "prompt_set.json").read_text())["prompt_set"]).index()
+    return np.sort(index["uid"].to_numpy()[~index["held_out"].to_numpy(zero_copy_only=False)])
+
+
+def assert_same_run(run: Path, undisturbed: Path) -> None:
+    """Every prompt went into exactly one step of the final weights, and the steps are those of the other run."""
+    assert np.array_equal(read_ledger(newest(run)), train_uids(run))
+    assert len(train_uids(run)) == NUM_PROMPTS
+    # The teacher's batches differ after a restart, and with them its last float bits.
+    assert losses(run) == pytest.approx(losses(undisturbed), rel=1e-3)
+    weights, expected = (load_file(newest(folder) / "student" / "model.safetensors") for folder in (run, undisturbed))
+    assert max((weights[name] - expected[name]).abs().max().item() for name in expected) < 1e-4
+    state, twin = read_state(newest(run)), read_state(newest(undisturbed))
+    assert {name: state[name] for name in ("step", "sequences", "skipped_steps")} == {
+        name: twin[name] for name in ("step", "sequences", "skipped_steps")
+    }
+
+
+@pytest.fixture(scope="session")
+def undisturbed(config_file, ray_cluster) -> Path:
+    """The folder of a run in which nothing died."""
+    assert main(["--config", str(config_file), "run.name=undisturbed"]) == 0
+    return folder_of(config_file, "undisturbed")
+
+
+@pytest.mark.ray
+def test_a_run_trains_on_every_prompt_once_and_never_on_held_out_ones(undisturbed):
+    assert np.array_equal(read_ledger(newest(undisturbed)), train_uids(undisturbed))
+    assert [path.name for path in list_checkpoints(undisturbed)] == ["checkpoint-6", "checkpoint-8"]
+    entries = read_metrics(undisturbed / "metrics.jsonl")
+    assert [entry["step"] for entry in entries] == list(range(1, 9))
+    assert [entry["step"] for entry in entries if "validation/teacher_kl" in entry] == [4, 8]
+    assert entries[-1]["sequences"] == NUM_PROMPTS
+    assert all(entry["speed/teacher_tokens_per_s"] > 0 for entry in entries)
+    assert entries[-1]["validation/teacher_kl"] < entries[3]["validation/teacher_kl"]
+
+
+@pytest.mark.ray
+def test_a_run_goes_on_when_a_worker_dies(config_file, undisturbed, monkeypatch, tmp_path):
+    monkeypatch.setenv("RAYKD_FAULT", f"worker:exit@step=5;once={tmp_path / 'struck'}")
+    assert main(["--config", str(config_file), "run.name=worker_died"]) == 0
+    assert (tmp_path / "struck").exists()
+    assert_same_run(folder_of(config_file, "worker_died"), undisturbed)
+
+
+def start_driver(config_file: Path, *words: str, fault: str) -> subprocess.Popen[bytes]:
+    root = Path(__file__).parents[1]
+    environment = os.environ | {
+        "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+        "PYTHONPATH": str(root),
+        "RAYKD_FAULT": fault,
+    }
+    command = [sys.executable, "-m", "raykd.train", "--config", str(config_file), *words]
+    return subprocess.Popen(command, env=environment, cwd=root, start_new_session=True)
+
+
+def wait_for_step(run: Path, step: int, driver: subprocess.Popen[bytes]) -> None:
+    while not (run / "metrics.jsonl").exists() or len(losses(run)) < step:
+        assert driver.poll() is None, f"the driver ended with {driver.returncode} before step {step}"
+        time.sleep(0.05)
+
+
+@pytest.mark.ray
+def test_a_run_goes_on_after_its_driver_was_asked_to_stop_and_then_killed(config_file, undisturbed):
+    run, name = folder_of(config_file, "driver_died"), "run.name=driver_died"
+    driver = start_driver(config_file, name, fault="worker:wait@step=4")
+    wait_for_step(run, 3, driver)
+    driver.send_signal(signal.SIGTERM)
+    assert driver.wait() == 128 + signal.SIGTERM
+    assert read_state(newest(run))["step"] == 4
+
+    driver = start_driver(config_file, name, "--resume", fault="worker:wait@step=6")
+    wait_for_step(run, 5, driver)
+    driver.kill()
+    driver.wait()
+    assert read_state(newest(run))["step"] == 4
+
+    assert main(["--config", str(config_file), name, "--resume"]) == 0
+    assert_same_run(run, undisturbed)
+
+
+@pytest.mark.ray
+def test_two_workers_and_two_epochs_drop_and_repeat_nothing(config_file, undisturbed):
+    options = ["run.name=two", "train.num_workers=2", "train.epochs=2", "train.sequences_per_step=5"]
+    assert main(["--config", str(config_file), *options]) == 0
+    run = folder_of(config_file, "two")
+    ledger = read_ledger(newest(run))
+    assert len(ledger) == 2 * NUM_PROMPTS
+    assert np.isin(train_uids(run), ledger).all()
+    entries = [entry for entry in read_metrics(run / "metrics.jsonl") if "loss/total" in entry]
+    assert {entry["epoch"] for entry in entries} == {0, 1}
+    # The second epoch reads what the teacher said in the first.
+    assert all((entry["speed/teacher_tokens_per_s"] > 0) == (entry["epoch"] == 0) for entry in entries)
+
+
+@pytest.mark.ray
+def test_what_only_the_user_can_mend_ends_the_run_with_one_message(config_file, undisturbed, capsys):
+    options = ["run.name=diverged", "train.learning_rate=1e30", "train.max_skipped_steps=2"]
+    assert exit_code(lambda: main(["--config", str(config_file), *options])) == 1
+    error = capsys.readouterr().err
+    assert "error: 2 steps in a row" in error
+    assert "Lower train.learning_rate" in error
+
+
+@pytest.mark.ray
+def test_a_damaged_checkpoint_is_refused_before_anything_starts(config_file, undisturbed, capsys):
+    run = folder_of(config_file, "damaged")
+    shutil.copytree(undisturbed, run)
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump(saved | {"run": saved["run"] | {"name": "damaged"}}))
+    weights = newest(run) / "student" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    command = ["--config", str(config_file), "run.name=damaged", "--resume"]
+    assert exit_code(lambda: main(command)) == 1
+    assert "has 1000 bytes" in (error := capsys.readouterr().err)
+    assert "the one before is" in error
+
+
+def test_plan_starts_nothing(config_file, capsys):
+    assert main(["--config", str(config_file), "run.name=planned", "--plan"]) == 0
+    assert "the run in numbers" in capsys.readouterr().out
+    assert not folder_of(config_file, "planned").exists()
+
+
+def test_a_mistake_in_the_config_is_one_line_and_exit_code_1(config_file, capsys):
+    command = ["--config", str(config_file), "train.learnin_rate=1"]
+    assert exit_code(lambda: main(command)) == 1
+    assert "did you mean 'learning_rate'" in capsys.readouterr().err
