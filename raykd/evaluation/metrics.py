@@ -237,7 +237,7 @@ def estimate(scores: Sequence[Score], metric: str, weights: np.ndarray) -> Estim
     if not covered:
         return None
     value, resampled = _ratios(scores, metric, weights)
-    low, high = np.quantile(resampled, (0.025, 0.975))
+    low, high = np.nanquantile(resampled, (0.025, 0.975))
     return Estimate(value, float(low), float(high), covered)
 
 
@@ -250,17 +250,21 @@ def compare(student: Sequence[Score], teacher: Sequence[Score], metric: str, wei
         return None
     value, resampled = _ratios(student, metric, weights)
     teacher_value, teacher_resampled = _ratios(teacher, metric, weights)
-    usable = teacher_resampled > 0
-    if teacher_value == 0 or usable.mean() < 0.95:
+    if teacher_value == 0 or np.mean(teacher_resampled == 0) > 0.05:
         return None
-    low, high = np.quantile(resampled[usable] / teacher_resampled[usable], (0.025, 0.975))
+    ratios = np.divide(resampled, teacher_resampled, out=np.full_like(resampled, np.nan), where=teacher_resampled > 0)
+    low, high = np.nanquantile(ratios, (0.025, 0.975))
     return Estimate(value / teacher_value, float(low), float(high), sum(metric in score for score in student))
 
 
 def _ratios(scores: Sequence[Score], metric: str, weights: np.ndarray) -> tuple[float, np.ndarray]:
-    """sum / count over the prompts, and for every resample [S]. Nothing counted is 0: the model abstained everywhere."""
+    """sum / count over the prompts, and for every resample [S].
+
+    Nothing counted is 0, for the model abstained; a resample without a prompt that has the metric is NaN.
+    """
     pairs = np.array([score.get(metric, (0.0, 0.0)) for score in scores], dtype=np.float64)
     assert weights.shape[1] == len(scores), f"{weights.shape[1]} prompts were resampled, {len(scores)} scored"
     totals = np.concatenate([pairs.sum(axis=0, keepdims=True), weights @ pairs])
     ratios = np.divide(totals[:, 0], totals[:, 1], out=np.zeros(len(totals)), where=totals[:, 1] > 0)
-    return float(ratios[0]), ratios[1:]
+    covered = weights @ np.array([metric in score for score in scores], dtype=np.int64)
+    return float(ratios[0]), np.where(covered > 0, ratios[1:], np.nan)

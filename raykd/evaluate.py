@@ -1,0 +1,89 @@
+"""`python -m raykd.evaluate --config a.yaml … key=value … [--models name=folder …] [--report-only]`: judge a run.
+
+In:  the run's config; the newest checkpoint of its run folder; held-out prompts with gold.
+Out: a table (teacher, student, untrained student, and further models by name), `<run>/report/results.json`,
+     `report.md` and `report.html`. With --report-only nothing is judged: the report is written from what the run left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from raykd.cli import ConfigError, exit_code, parse, run_folder, start_ray
+from raykd.evaluation.prompts import EvaluationError
+from raykd.evaluation.report import write_report
+from raykd.evaluation.results import METRICS, Results, format_estimate
+from raykd.evaluation.runner import evaluate
+from raykd.tracing import quiet_ray
+from raykd.training.checkpoint import STUDENT, latest_checkpoint, verify
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Judge the run, print the table, write the report."""
+    models, rest = _split_models(sys.argv[1:] if argv is None else argv)
+    config, args = parse(rest, __doc__ or "", "--report-only")
+    run = run_folder(config)
+    folder = run / "report"
+    if args.report_only:
+        if not run.is_dir():
+            raise ConfigError(f"--report-only: found no run in {run}; check run.dir and run.name")
+    else:
+        quiet_ray()
+        student = _newest_student(run)
+        start_ray(config)
+        print_results(evaluate(config, {"student": student, **models}, folder))
+    path = write_report(run, config.evaluate.num_examples)
+    Console().print(f"Report: {path}", soft_wrap=True)
+
+
+def _split_models(argv: Sequence[str]) -> tuple[dict[str, Path], list[str]]:
+    """Take `--models name=folder …` out of the command line."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--models", nargs="+", default=[])
+    args, rest = parser.parse_known_args(argv)
+    models = {}
+    for word in args.models:
+        name, equals, folder = word.partition("=")
+        if not (name and equals and folder):
+            raise ConfigError(f"--models: found {word!r}, expected name=folder")
+        if name == "student" or name in models:
+            raise ConfigError(f"--models: the name {name!r} is taken; choose another")
+        models[name] = Path(folder)
+    return models, rest
+
+
+def _newest_student(run: Path) -> Path:
+    checkpoint = latest_checkpoint(run)
+    if checkpoint is None:
+        raise EvaluationError(f"found no checkpoint in {run / 'checkpoints'}: train first, or check run.dir and run.name")
+    verify(checkpoint)
+    return checkpoint / STUDENT
+
+
+def print_results(results: Results) -> None:
+    """The metrics of every model with their 95 % intervals, and what share of the teacher the students reach."""
+    data = results.data
+    table = Table(title=f"{data['num_prompts']} held-out prompts, greedy, 95 % intervals", title_justify="left")
+    table.add_column("")
+    for name, model in results.models.items():
+        table.add_column(f"{name}\n{model.num_parameters:,} parameters", justify="right")
+    for metric, words in METRICS.items():
+        cells = [model.metrics.get(metric) for model in results.models.values()]
+        if any(cells):
+            table.add_row(words, *("–" if cell is None else format_estimate(metric, cell) for cell in cells))
+    table.add_section()
+    ratios = [model.ratios.get("exact_call") for model in results.models.values()]
+    if any(ratios):
+        row = ("–" if ratio is None else format_estimate("exact_call", ratio) for ratio in ratios)
+        table.add_row("exact calls, share of the teacher's", *row)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))

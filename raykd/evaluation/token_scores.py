@@ -1,0 +1,73 @@
+"""How close a model's next-token distribution is to the teacher's, on text that the teacher wrote. Plain torch, no engine.
+
+In:  a model's folder, the held-out prompts, and the teacher's completions with its top-k (TEACHER_OUTPUT_SCHEMA).
+Out: per prompt (sum, count) of kl (nats, forward, with a bucket for the mass outside the top-k), top1_agreement,
+     tool_name_tokens and json_argument_tokens (teacher-forced accuracy), and perplexity (as nats; its exponential is taken
+     after averaging).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from raykd.config import LossConfig, StudentConfig
+from raykd.data.collate import collate_kd_batch
+from raykd.data.examples import build_examples
+from raykd.evaluation.metrics import Score
+from raykd.losses.combine import combine, loss_counts
+from raykd.student.model import Student, load_student
+
+NAMES = {
+    "teacher_kl": "kl",
+    "teacher_agreement": "top1_agreement",
+    "tool_name_accuracy": "tool_name_tokens",
+    "json_argument_accuracy": "json_argument_tokens",
+    "response_nll": "perplexity",
+}
+"""Metrics of `combine`, and what they are called here."""
+
+
+def score_by_teacher(
+    student: StudentConfig, path: str, prompts: pa.Table, teacher_rows: pa.Table, num_threads: int
+) -> list[Score]:
+    """Scores of the model in `path`, one per prompt. Runs in a process of its own: it sets the number of torch threads.
+
+    `student` tells how to load it (attention); a GPU is used where this process sees one. Rows of both tables are in the
+    same order. Raises ValueError for a completion that cannot be scored.
+    """
+    torch.set_num_threads(num_threads)
+    as_saved = {"model": path, "tokenizer": None, "random_weights": False, "layers": None}
+    model = load_student(student.model_copy(update=as_saved), seed=0).eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return score_examples(model, prompts, teacher_rows)
+
+
+@torch.inference_mode()
+def score_examples(student: Student, prompts: pa.Table, teacher_rows: pa.Table) -> list[Score]:
+    """Scores of a loaded model, one per prompt; one sequence a forward pass, for intervals need each prompt's own sums."""
+    assert np.array_equal(prompts["uid"].to_numpy(), teacher_rows["uid"].to_numpy()), "rows of prompts and answers differ"
+    columns = [name for name in prompts.column_names if name not in teacher_rows.column_names]
+    rows = teacher_rows
+    for name in columns:
+        rows = rows.append_column(name, prompts[name])
+    built = build_examples(rows, student.tokenizer)
+    if built.rejected.num_rows:
+        raise ValueError(f"a completion of the teacher cannot be scored: {built.rejected['reason'][0].as_py()}")
+    config = LossConfig(kd=1.0)
+    device = student.head_weight.device
+    scores: list[Score] = []
+    for index in range(built.examples.num_rows):
+        batch = collate_kd_batch(built.examples.slice(index, 1), pad_id=0).to(device)
+        report = combine(
+            batch,
+            student(batch.input_ids),
+            student.head_weight,
+            config,
+            loss_counts(batch, config),
+            head_bias=student.head_bias,
+        )
+        values = torch.stack([torch.stack([report.metrics[n].sum, report.metrics[n].count]) for n in NAMES]).tolist()
+        scores.append({name: (total, count) for name, (total, count) in zip(NAMES.values(), values, strict=True) if count})
+    return scores
