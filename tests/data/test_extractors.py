@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -198,7 +199,7 @@ def test_a_bare_call_is_reported_as_truncated_once_its_arguments_have_begun():
 def test_what_is_wrong_with_a_call_is_said():
     def error(text, tools=None):
         (call,) = extract_tool_calls(text, tools)
-        return call.error
+        return str(call.error)
 
     assert error('{"name": "f", "arguments": {"x": 1, "x": 2}}') == "duplicate key 'x'"
     assert "invalid JSON" in error('<tool_call>{\'name\': \'f\'}</tool_call>{"name":"f","arguments":{x:1}}')
@@ -227,7 +228,7 @@ def test_classes_cover_everything_but_white_space():
     assert [under(text, span) for span in parts.key] == ['k\\"1', "ü", "z"]
     assert [under(text, span) for span in parts.value] == ["1.5e3", "v, {x}", "null", "true", "-2"]
     spans = sorted([*parts.structure, *parts.key, *parts.value])
-    assert all(a.end <= b.start for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a.end <= b.start for a, b in itertools.pairwise(spans))
     covered = "".join(under(text, span) for span in spans)
     assert covered.replace(" ", "") == under(text, call.arguments_span).replace(" ", "")
 
@@ -266,7 +267,7 @@ def test_no_text_is_read_more_than_a_few_times_over(unit, monkeypatch):
 def test_nesting_beyond_any_recursion_limit_is_survived():
     deep = "[" * 20_000 + "]" * 20_000
     (call, ok) = extract_tool_calls(f'{{"name": "f", "arguments": {{"x": {deep}}}}} {call_json("g", {})}')
-    assert "invalid JSON" in call.error
+    assert "invalid JSON" in str(call.error)
     assert ok.name == "g"
     shallow = "[" * 900 + "]" * 900
     (call,) = extract_tool_calls(f'{{"name": "f", "arguments": {{"x": {shallow}}}}}')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -15,7 +16,7 @@ from raykd.data.integration import ResultIndex, find_integration_spans
 def reused(text, *results):
     results = [result if isinstance(result, str) else json.dumps(result) for result in results]
     spans = find_integration_spans(text, results)
-    assert all(a.end <= b.start for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a.end <= b.start for a, b in itertools.pairwise(spans))
     return [text[span.start : span.end] for span in spans]
 
 
@@ -69,7 +70,8 @@ def test_times_ids_urls_and_strings():
         "zip": "02139",
         "name": "Zoë Müller",
     }
-    text = "At 6:30 PM: credit_card_4421, card_4421, example.com/docs, NEW\nYork, New Yorkers, sea, SEA, 02139, 2139, zoë müller"
+    text = "At 6:30 PM: credit_card_4421, card_4421, example.com/docs, NEW\nYork, "
+    text += "New Yorkers, sea, SEA, 02139, 2139, zoë müller"
     assert reused(text, result) == [
         "6:30 PM",
         "credit_card_4421",

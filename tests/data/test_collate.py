@@ -1,0 +1,106 @@
+"""Padding, packing and splitting: every token once, in its place."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raykd.data.collate import collate_kd_batch, split_micro_batches
+from raykd.data.examples import example_from_row, examples_to_table
+from raykd.types import Example, Mark, Source
+
+
+def make_example(uid, length, k, rng):
+    marks = np.where(rng.random(length) < 0.5, Mark.RESPONSE | Mark.TOOL_NAME, 0).astype(np.uint16)
+    marks[0], marks[-1] = 0, Mark.RESPONSE
+    num_response = int((marks & Mark.RESPONSE > 0).sum())
+    return Example(
+        uid=uid,
+        source=Source(uid % 3),
+        input_ids=rng.integers(1, 99, length).astype(np.int32),
+        marks=marks,
+        topk_ids=rng.integers(0, 99, (num_response, k)).astype(np.int32),
+        topk_logprobs=rng.normal(size=(num_response, k)).astype(np.float16),
+        log_tail=rng.normal(size=num_response if k else 0).astype(np.float32),
+        teacher_id="t" if k else "",
+        num_calls=uid,
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes=st.lists(st.tuples(st.integers(2, 9), st.integers(0, 3)), min_size=1, max_size=5), seed=st.integers(0, 99))
+def test_a_batch_holds_what_its_examples_hold(shapes, seed):
+    rng = np.random.default_rng(seed)
+    examples = [make_example(i, length, k, rng) for i, (length, k) in enumerate(shapes)]
+    batch = collate_kd_batch(examples, pad_id=7)
+    again = collate_kd_batch(examples_to_table(examples), pad_id=7)
+    assert all(torch.equal(getattr(batch, name), getattr(again, name)) for name in vars(batch))
+    position = 0
+    for row, example in enumerate(examples):
+        length = len(example.input_ids)
+        assert batch.input_ids[row, :length].tolist() == example.input_ids.tolist()
+        assert (batch.input_ids[row, length:] == 7).all()
+        assert batch.attention_mask[row].tolist() == [True] * length + [False] * (batch.input_ids.shape[1] - length)
+        assert batch.marks[row, :length].tolist() == example.marks.tolist()
+        num, k = example.topk_ids.shape
+        mine = slice(position, position + num)
+        assert batch.response_ids[mine].tolist() == example.input_ids[(example.marks & Mark.RESPONSE) > 0].tolist()
+        assert batch.topk_ids[mine, :k].tolist() == example.topk_ids.tolist()
+        assert batch.topk_logprobs[mine, :k].tolist() == example.topk_logprobs.astype(np.float32).tolist()
+        assert (batch.topk_logprobs[mine, k:] == -torch.inf).all()
+        assert batch.log_tail[mine].tolist() == (example.log_tail.tolist() if k else [0.0] * num)
+        assert (batch.response_source[mine] == int(example.source)).all()
+        assert (batch.has_teacher[mine] == (k > 0)).all()
+        position += num
+    assert position == len(batch.response_index)
+    assert batch.topk_ids.shape[1] == max(k for _, k in shapes)
+    assert (batch.response_marks & Mark.RESPONSE > 0).all()
+
+
+def test_rows_of_a_sliced_or_chunked_table_collate_alike():
+    import pyarrow as pa
+
+    rng = np.random.default_rng(0)
+    examples = [make_example(i, 4 + i, 2, rng) for i in range(5)]
+    table = examples_to_table(examples)
+    chunked = pa.concat_tables([table.slice(1, 1), table.slice(3, 2)])
+    batch, expected = collate_kd_batch(chunked, 0), collate_kd_batch([examples[1], examples[3], examples[4]], 0)
+    assert all(torch.equal(getattr(batch, name), getattr(expected, name)) for name in vars(batch))
+    back = example_from_row(chunked, 2)
+    assert all(np.array_equal(getattr(back, name), getattr(examples[4], name)) for name in vars(back))
+
+
+def test_a_response_token_without_a_predecessor_is_an_error():
+    example = make_example(0, 4, 0, np.random.default_rng(0))
+    example.marks[0] = Mark.RESPONSE
+    with pytest.raises(AssertionError, match="column 0"):
+        collate_kd_batch(
+            [Example(**{**vars(example), "topk_ids": np.empty((int((example.marks > 0).sum()), 0), np.int32)})], 0
+        )
+
+
+def test_no_examples_are_refused():
+    with pytest.raises(ValueError, match="found 0 rows"):
+        collate_kd_batch([], 0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(lengths=st.lists(st.integers(1, 50), max_size=40), max_tokens=st.integers(1, 120))
+def test_micro_batches_hold_every_row_once_within_the_budget(lengths, max_tokens):
+    batches = split_micro_batches(lengths, max_tokens)
+    assert sorted(np.concatenate(batches).tolist() if batches else []) == list(range(len(lengths)))
+    for batch in batches:
+        padded = len(batch) * max(lengths[i] for i in batch)
+        assert len(batch) > 0
+        assert padded <= max_tokens or len(batch) == 1
+    longest = [max(lengths[i] for i in batch) for batch in batches]
+    assert longest == sorted(longest, reverse=True)
+
+
+def test_like_lengths_share_a_micro_batch():
+    assert [batch.tolist() for batch in split_micro_batches([2, 9, 2, 10, 1, 2], 20)] == [[3, 1], [0, 2, 5, 4]]
+    with pytest.raises(ValueError, match="max_tokens is 0"):
+        split_micro_batches([1], 0)
