@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
@@ -144,7 +145,8 @@ def _in_order(first: pa.Table, second_rows: pa.Table, *, second: np.ndarray) -> 
 class BusyClock:
     """Wall time during which at least one call ran, dealt out to the calls as they end. Thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
         self._lock = threading.Lock()
         self._num_running = 0
         self._dealt_until: float | None = None
@@ -152,7 +154,7 @@ class BusyClock:
     def start(self) -> float:
         """A call begins: seconds since the last one ended; 0 for the first, and while others run."""
         with self._lock:
-            now = time.monotonic()
+            now = self._now()
             idle = 0.0
             if self._num_running == 0:
                 idle = 0.0 if self._dealt_until is None else now - self._dealt_until
@@ -163,7 +165,7 @@ class BusyClock:
     def stop(self) -> float:
         """A call ends: seconds of busy time since the last one did, or since the clock began to run."""
         with self._lock:
-            now = time.monotonic()
+            now = self._now()
             assert self._dealt_until is not None, "no call has started"
             seconds, self._dealt_until = now - self._dealt_until, now
             self._num_running -= 1
