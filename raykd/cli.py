@@ -235,22 +235,30 @@ def _differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     return {key: (before.get(key), after.get(key)) for key in keys if not key.startswith(CHANGEABLE_ON_RESUME)}
 
 
-def start_ray(config: Config) -> None:
-    """Connect to the running cluster (ray.address, RAY_ADDRESS, a head node of this machine), else start a local Ray."""
+def connect_ray(config: Config) -> bool:
+    """Connect to the running cluster (ray.address, RAY_ADDRESS, a head node of this machine); False when there is none.
+
+    Errors: ConfigError when an address was given and nothing answers there.
+    """
     if ray.is_initialized():
-        return
-    options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
+        return True
     try:
-        ray.init(address=config.ray.address or "auto", **options)
+        ray.init(address=config.ray.address or "auto", logging_level=logging.WARNING)
     except ConnectionError as error:
-        if config.ray.address is not None or os.environ.get("RAY_ADDRESS"):
-            address = config.ray.address or os.environ["RAY_ADDRESS"]
+        if address := config.ray.address or os.environ.get("RAY_ADDRESS"):
             raise ConfigError(f"no Ray cluster answers at {address!r}: start one or leave ray.address empty") from error
+        return False
+    return True
+
+
+def start_ray(config: Config) -> None:
+    """Connect to the running cluster, else start a local Ray."""
+    if not connect_ray(config):
         ray.init(
             num_cpus=config.ray.num_cpus or max(8, os.cpu_count() or 1),
             object_store_memory=config.ray.object_store_bytes,
             include_dashboard=config.ray.dashboard,
-            **options,
+            logging_level=logging.WARNING,
         )
 
 

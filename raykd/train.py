@@ -18,7 +18,7 @@ from pathlib import Path
 
 import ray
 
-from raykd.cli import exit_code, open_run, parse, start_ray
+from raykd.cli import connect_ray, exit_code, open_run, parse, start_ray
 from raykd.config import Config
 from raykd.data.sources import prepare_prompts
 from raykd.tracing import ProgressDisplay, quiet_ray
@@ -34,7 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, args = parse(argv, __doc__, "--plan", "--resume")
     plan = check(config)
     if args.plan:
-        print_summary(config, plan, num_prompts=None, cluster=None)
+        cluster = ray.cluster_resources() if connect_ray(config) else None
+        print_summary(config, plan, num_prompts=None, cluster=cluster)
+        if cluster is not None:
+            check_resources(config, cluster)
         return 0
 
     run_folder = open_run(config, resume=args.resume)
@@ -50,12 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _stop_on_signals(run_folder) as received, _progress(config, run_folder, steps):
         for epoch in range(first_epoch, config.train.epochs):
             result = train_epoch(config, run_folder, prompts, epoch=epoch, num_steps=steps, teacher=plan.teacher)
-            if result.stopped or result.step >= (config.train.max_steps or result.step + 1):
+            if result.stopped or result.step == config.train.max_steps:
                 break
 
     checkpoint = latest_checkpoint(run_folder)
     if received:
-        logger.warning("stopped; go on with --resume, from %s", checkpoint)
+        logger.warning("stopped; --resume goes on from %s", checkpoint)
         return 128 + received[0]
     logger.info("done: the student is in %s/student", checkpoint)
     return 0
