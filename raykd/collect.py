@@ -19,11 +19,13 @@ from functools import partial
 
 import numpy as np
 import pyarrow as pa
-from ray.data import ActorPoolStrategy
+from ray.data import ActorPoolStrategy, Dataset
+from ray.exceptions import RayTaskError
 
 from raykd.cli import exit_code, open_run, parse, run_folder, start_ray
 from raykd.config import Config
 from raykd.data.cache import TeacherCache
+from raykd.data.readers import DataError
 from raykd.data.sources import PromptSet, prepare_prompts
 from raykd.data.stream import (
     Rejects,
@@ -105,6 +107,15 @@ def collect(config: Config, prompt_set: PromptSet, teacher: Stage | None = None)
         compute=ActorPoolStrategy(size=config.data.num_extractors),
         num_cpus=config.data.extractor_cpus,
     )
+    try:
+        _follow(counts, collected, missing.num_rows)
+    except RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, DataError) else error) from None
+    return collected
+
+
+def _follow(counts: Dataset, collected: Collected, num_missing: int) -> None:
+    """Add up the blocks' numbers as they come, and say now and then how far it is."""
     reported = time.monotonic()
     for block in counts.iter_rows():
         collected.num_rows += block["num_rows"]
@@ -113,8 +124,7 @@ def collect(config: Config, prompt_set: PromptSet, teacher: Stage | None = None)
         collected.teacher_seconds += block["teacher_seconds"]
         if time.monotonic() - reported > REPORT_EVERY_S:
             reported = time.monotonic()
-            logger.info("%d of %d rows to go; %s", missing.num_rows - collected.num_rows, missing.num_rows, collected)
-    return collected
+            logger.info("%d of %d rows to go; %s", num_missing - collected.num_rows, num_missing, collected)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

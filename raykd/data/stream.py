@@ -45,6 +45,7 @@ LEAD_KEY = "raykd.max_lead_bytes"
 
 DESCRIPTOR_SCHEMA = pa.schema(
     [
+        ("uid", pa.int64()),
         ("epoch_uid", pa.int64()),
         ("file", pa.string()),
         ("row", pa.int32()),
@@ -67,7 +68,10 @@ def example_stream(config: Config, prompt_set: PromptSet, epoch: int, consumed_u
     """`build_dataset` with the stage that answers the rows given: the place where a benchmark puts a stand-in."""
     set_data_context(config)
     cache = teacher_cache(config, prompt_set)
+    rejects = Rejects.of(prompt_set, config.data.max_rejected_fraction)
     plan = plan_epoch(config, prompt_set, epoch, consumed_uids, cache.index())
+    if epoch > 0:  # a row that had no answer when the teacher was there is no reason to start it again
+        plan = plan.filter(pa.array(~np.isin(plan["uid"].to_numpy(), rejects.uids())))
     if not plan.num_rows:
         return ray.data.from_arrow(EXAMPLE_SCHEMA.empty_table())
     return answered_stream(config, prompt_set, plan, cache, teacher).map_batches(
@@ -75,7 +79,7 @@ def example_stream(config: Config, prompt_set: PromptSet, epoch: int, consumed_u
         fn_constructor_kwargs={
             "tokenizer": config.teacher.model,
             "cache": cache,
-            "rejects": Rejects.of(prompt_set, config.data.max_rejected_fraction),
+            "rejects": rejects,
         },
         batch_size=None,
         batch_format="pyarrow",
@@ -114,6 +118,7 @@ def set_data_context(config: Config) -> None:
     context.execution_no_progress_timeout_s = -1  # a trainer may be busy, and a teacher may load, for hours
     context.max_consecutive_actor_init_deaths = 3  # 0 would fail the run with the first engine that dies while starting
     context.enable_fallback_to_arrow_object_ext_type = False  # a column Arrow cannot type is an error, not a pickle
+    context.raise_original_map_exception = True  # else a DataError arrives as one of Ray's, without its cause
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False
     context.execution_options.preserve_order = config.data.fixed_order
@@ -188,6 +193,7 @@ def plan_epoch(config: Config, prompt_set: PromptSet, epoch: int, consumed_uids:
     names = np.array([*cached.files, None], object)  # -1, not found, is the last
     return pa.table(
         {
+            "uid": uid[chosen],
             "epoch_uid": np.concatenate([uid[validation], epoch_uid(uid[train], epoch)]),
             "file": index["file"].take(pa.array(chosen)),
             "row": index["row"].take(pa.array(chosen)),
@@ -226,12 +232,19 @@ class Rejects:
 
     file: str
     num_rows: int  # of the user's files
+    num_rejected: int  # of those, rejected before the teacher saw them
     limit: float  # data.max_rejected_fraction
 
     @staticmethod
     def of(prompt_set: PromptSet, limit: float) -> Rejects:
+        """Those of a run."""
         num_rows = prompt_set.num_train + prompt_set.num_held_out + prompt_set.num_rejected + prompt_set.num_contaminated
-        return Rejects(str(Path(prompt_set.folder).parent / REJECTED_FILE), num_rows, limit)
+        return Rejects(str(Path(prompt_set.folder).parent / REJECTED_FILE), num_rows, prompt_set.num_rejected, limit)
+
+    def uids(self) -> np.ndarray:
+        """int64, each once: rows that came to nothing with the teacher, however often (a restart tries again)."""
+        entries = [json.loads(line) for line in Path(self.file).read_bytes().splitlines()]
+        return np.unique(np.array([entry["uid"] for entry in entries if "uid" in entry], np.int64))
 
     def add(self, rows: pa.Table, uids: Sequence[int], reasons: Sequence[str]) -> None:
         """Append those of `rows` with these uids; raise DataError when too large a share of all rows is rejected by now."""
@@ -244,9 +257,7 @@ class Rejects:
         ]
         with open(self.file, "ab", buffering=0) as file:  # one write: lines of several extractors do not mix
             file.write("".join(lines).encode())
-        entries = [json.loads(line) for line in Path(self.file).read_bytes().splitlines()]
-        refused = len({entry["uid"] for entry in entries if "uid" in entry})  # a row tried again after a restart counts once
-        refused += sum("uid" not in entry and not entry["reason"].startswith("left out") for entry in entries)
+        refused = self.num_rejected + len(self.uids())
         if refused > self.limit * self.num_rows:
             raise DataError(
                 f"{refused} of {self.num_rows} rows are unusable, more than data.max_rejected_fraction={self.limit} allows; "

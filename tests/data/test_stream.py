@@ -128,6 +128,7 @@ def prompt_blocks(tmp_path: Path, model: Path, count: int) -> tuple[PromptSet, p
     result = prepare(tmp_path, [conversation(f"q{i}", id=f"r{i}") for i in range(count)], model)
     descriptors = pa.table(
         {
+            "uid": result.uid,
             "epoch_uid": epoch_uid(result.uid, 1),
             "file": ["train-0-00000.parquet"] * count,
             "row": np.arange(count, dtype=np.int32),
@@ -148,7 +149,7 @@ def test_cached_rows_get_their_answers_and_the_others_null(tmp_path, tiny_model_
     index = cache.index()
     file, row = index.lookup(np.array(uid))
     names = pa.array([index.files[i] if i >= 0 else None for i in file], pa.string())
-    block = block.set_column(3, "cache_file", names).set_column(4, "cache_row", pa.array(row))
+    block = block.set_column(4, "cache_file", names).set_column(5, "cache_row", pa.array(row))
     rows = Prompts(prompt_set.folder, cache)(block)
     assert rows["cached"].to_pylist() == [True, False, False, True, False]
     assert rows["topk_ids"].is_valid().to_pylist() == rows["cached"].to_pylist()
@@ -173,7 +174,7 @@ def answer_rows(rows: pa.Table, *, failing: tuple[int, ...] = (), fingerprint: s
 def test_an_extractor_keeps_answers_books_rows_without_one_and_gives_the_uids_of_the_epoch(tmp_path, tiny_model_path):
     prompt_set, block = prompt_blocks(tmp_path, tiny_model_path, 5)
     cache = TeacherCache(str(tmp_path / "cache"), "f")
-    rejects = Rejects(str(tmp_path / "rejected.jsonl"), num_rows=10, limit=0.1)
+    rejects = Rejects(str(tmp_path / "rejected.jsonl"), num_rows=10, num_rejected=0, limit=0.1)
     rows = answer_rows(Prompts(prompt_set.folder, cache)(block), failing=(2,))
     extractor = Extractor(str(tiny_model_path), cache, rejects)
     examples = extractor(rows)
@@ -185,6 +186,7 @@ def test_an_extractor_keeps_answers_books_rows_without_one_and_gives_the_uids_of
     entry = json.loads((tmp_path / "rejected.jsonl").read_text())
     assert (entry["key"], entry["uid"]) == ("r2", uid[2])
     assert "nothing" in entry["reason"]
+    (tmp_path / "rejected.jsonl").write_text('{"file": "a", "line": 1, "reason": "left out"}\n' + json.dumps(entry) + "\n")
     extractor(rows)  # tried again after a crash: the same row is not counted twice
     with pytest.raises(DataError, match=r"2 of 10 rows are unusable.*max_rejected_fraction=0.1"):
         extractor(answer_rows(Prompts(prompt_set.folder, cache)(block), failing=(2, 3)))
