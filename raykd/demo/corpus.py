@@ -12,12 +12,12 @@ import argparse
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raykd.demo.registry import CURRENCIES, LANGUAGES, ROOMS, TOOLS, TRANSLATIONS, call_tool, openai_tools
+from raykd.demo.registry import CURRENCIES, LANGUAGES, ROOMS, TRANSLATIONS, call_tool, openai_tools
 
 # Every kind with its share of the rows.
 KINDS = {
@@ -28,14 +28,19 @@ KINDS = {
     "tool_result": 0.20,
     "tool_error": 0.08,
 }
+# The same for whole conversations. Whether the tool that a request needs is among those offered is the last thing a
+# model learns: it takes many requests that must be declined, and some prompts that offer a single tool.
+TEACHING_KINDS = KINDS | {"no_fitting_tool": 0.60}
 HELD_OUT_SHARE = 0.1
 
-CITIES = tuple(
-    "Paris London Berlin Zürich Kraków Oslo Lima Cairo Delhi Toronto Madrid Rome Vienna Dublin Lisbon Sydney Málaga "
-    "Reykjavík Boston Seoul Athens 東京 Łódź Hanoi".split()
-) + ("São Paulo", "New York")
-NAMES = tuple(
-    "Ana Ben Chloé David Emma Farid Grace Hugo Ines Jonas Kofi Lena Mei Noah Olga Pablo Søren Tara Yuki Zoë".split()
+CITIES = (
+    *("Paris", "London", "Berlin", "Zürich", "Kraków", "Oslo", "Lima", "Cairo", "Delhi", "Toronto", "Madrid", "Rome"),
+    *("Vienna", "Dublin", "Lisbon", "Sydney", "Málaga", "Reykjavík", "Boston", "Seoul", "Athens", "東京", "Łódź"),
+    *("Hanoi", "São Paulo", "New York"),
+)
+NAMES = (
+    *("Ana", "Ben", "Chloé", "David", "Emma", "Farid", "Grace", "Hugo", "Ines", "Jonas", "Kofi", "Lena", "Mei"),
+    *("Noah", "Olga", "Pablo", "Søren", "Tara", "Yuki", "Zoë"),
 )
 RESTAURANTS = ("Roma", "Café Luna", "Le Jardin", "Sakura", "El Toro", "Blue Door", "Čili", "Bella", "Taj", "Old Mill")
 ARTISTS = ("Björk", "Nina Simone", "Queen", "Sigur Rós", "Adele", "Beyoncé", "Mozart", "Prince", "Abba", "Radiohead")
@@ -208,7 +213,6 @@ SCENES: dict[str, Scene] = {
         ),
     ),
 }
-_NAMES_OF_TOOLS = tuple(tool.name for tool in TOOLS)
 
 
 def _fields(values: dict[str, Any]) -> dict[str, Any]:
@@ -258,85 +262,109 @@ def _told(call: dict[str, Any], result: dict[str, Any]) -> tuple[str, list[Any]]
     return sentence, list(result.values())
 
 
-def _held_out(text: str) -> bool:
+def _is_held_out(text: str) -> bool:
     digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32
 
 
-def _dialogue(rng: random.Random, kind: str) -> tuple[str, list[dict[str, Any]], str, list[dict[str, Any]]]:
-    """User's text, calls it asks for, direct answer (if no call), and the calls' results; results fit the kind."""
+@dataclass(frozen=True)
+class _Dialogue:
+    """One request and what follows: `calls` it asks for and their `results`, or else a direct `answer`."""
+
+    kind: str
+    text: str
+    calls: tuple[dict[str, Any], ...]
+    results: tuple[dict[str, Any], ...]
+    answer: str
+
+
+def _draw_dialogue(rng: random.Random, kind: str, offered: Sequence[str]) -> _Dialogue | None:
+    """A dialogue of this kind under the offered tools; None where the draw does not fit the kind."""
     if kind == "no_tool":
         text, answer = _chat(rng)
-        return text, [], answer, []
-    num_calls = 2 if kind == "two_calls" or (kind == "tool_result" and rng.random() < 0.25) else 1
-    while True:
-        texts, calls = zip(*(_request(rng, rng.choice(_NAMES_OF_TOOLS)) for _ in range(num_calls)), strict=True)
-        results = [json.loads(call_tool(call["name"], call["arguments"])) for call in calls]
-        errors = sum("error" in result for result in results)
-        wanted = errors == 0 if kind == "tool_result" else errors == 1 if kind == "tool_error" else True
-        if wanted and (num_calls == 1 or calls[0] != calls[1]):
-            break
-    text = " Also: ".join(texts)
+        return _Dialogue(kind, text, (), (), answer)
     if kind == "no_fitting_tool":
-        return text, [], f"Sorry, I have no tool to {SCENES[calls[0]['name']].purpose}.", list(calls)
-    return text, list(calls), "", results
+        missing = rng.choice([name for name in SCENES if name not in offered])
+        text, _ = _request(rng, missing)
+        return _Dialogue(kind, text, (), (), f"Sorry, I have no tool to {SCENES[missing].purpose}.")
+    num_calls = 2 if kind == "two_calls" or (kind == "tool_result" and rng.random() < 0.25) else 1
+    texts, calls = zip(*(_request(rng, rng.choice(offered)) for _ in range(num_calls)), strict=True)
+    results = tuple(json.loads(call_tool(call["name"], call["arguments"])) for call in calls)
+    failed = any("error" in result for result in results)
+    if (kind == "tool_error" and not failed) or (kind == "tool_result" and failed) or calls[1:] == calls[:1]:
+        return None
+    sentences = [_told(call, result)[0] for call, result in zip(calls, results, strict=True)]
+    return _Dialogue(kind, " Also: ".join(texts), calls, results, " ".join(sentences))
 
 
-def generate(num: int, seed: int, split: str, *, whole: bool = False) -> Iterator[dict[str, Any]]:
-    """`num` rows of one side of the world.
+def _fitting_dialogue(
+    rng: random.Random, kind: str, split: str, num_offered: tuple[int, int]
+) -> tuple[_Dialogue, list[str]]:
+    """Draw offered tools (at least and at most so many) and a dialogue until the kind and the side are right."""
+    while True:
+        offered = rng.sample(tuple(SCENES), rng.randint(*num_offered))
+        dialogue = _draw_dialogue(rng, kind, offered)
+        if dialogue and _is_held_out(dialogue.text) == (split == "held_out"):
+            return dialogue, offered
 
-    split: "train" or "held_out". A row has `id`, `messages`, `tools` (both OpenAI form), `kind`. By default it is a
-    prompt that ends with a user or tool message, with `gold_calls` (what the next assistant turn must call; empty: no
-    call), `gold_answer` (its text) and `gold_values` (the values of the tool results that text reuses). With
-    `whole=True` it is the conversation to its end, assistant turns included, without gold fields.
+
+def generate(num: int, seed: int, split: str) -> Iterator[dict[str, Any]]:
+    """`num` prompt rows of one side of the world.
+
+    split: "train" or "held_out". A row has `id`, `messages`, `tools` (both OpenAI form) and `kind`; it ends with a user
+    or tool message. Its gold fields say what the next assistant turn must be: `gold_calls` (empty: no call),
+    `gold_answer` (its text) and `gold_values` (the values of the tool results which that text reuses).
     """
+    rng = _random(seed, split)
+    for index in range(num):
+        kind = _draw_kind(rng, KINDS)
+        dialogue, offered = _fitting_dialogue(rng, kind, split, (2, 4))
+        user, *rest = _messages(dialogue)
+        row = {"id": f"{split}-{seed}-{index}", "kind": kind, "tools": openai_tools(offered)}
+        if kind in ("one_call", "two_calls"):
+            yield row | {"messages": [user], "gold_calls": list(dialogue.calls), "gold_answer": "", "gold_values": []}
+            continue
+        values = [
+            value for call, result in zip(dialogue.calls, dialogue.results, strict=True) for value in _told(call, result)[1]
+        ]
+        gold = {"gold_calls": [], "gold_answer": dialogue.answer, "gold_values": values}
+        yield row | {"messages": [user, *rest[:-1]]} | gold
+
+
+def generate_conversations(num: int, seed: int, split: str, max_requests: int = 3) -> Iterator[dict[str, Any]]:
+    """`num` whole conversations (`id`, `messages`, `tools`) of 1 to max_requests requests, assistant turns included."""
+    rng = _random(seed, split)
+    for index in range(num):
+        dialogue, offered = _fitting_dialogue(rng, _draw_kind(rng, TEACHING_KINDS), split, (1, 4))
+        messages = _messages(dialogue)
+        for _ in range(rng.randrange(max_requests)):
+            further = _draw_dialogue(rng, _draw_kind(rng, TEACHING_KINDS), offered)
+            if further and _is_held_out(further.text) == (split == "held_out"):
+                messages += _messages(further)
+        yield {"id": f"{split}-{seed}-{index}", "tools": openai_tools(offered), "messages": messages}
+
+
+def _random(seed: int, split: str) -> random.Random:
     if split not in ("train", "held_out"):
         raise ValueError(f"split is {split!r}, expected 'train' or 'held_out'")
-    rng = random.Random(f"{seed}/{split}")
-    for index in range(num):
-        kind = rng.choices(tuple(KINDS), tuple(KINDS.values()))[0]
-        while True:
-            text, calls, answer, results = _dialogue(rng, kind)
-            if _held_out(text) == (split == "held_out"):
-                break
-        used = {call["name"] for call in (results if kind == "no_fitting_tool" else calls)}
-        offered = [] if kind == "no_fitting_tool" else sorted(used)
-        others = [name for name in _NAMES_OF_TOOLS if name not in used]
-        offered += rng.sample(others, rng.randint(max(2, len(offered)), 4) - len(offered))
-        rng.shuffle(offered)
-        row = {"id": f"{split}-{seed}-{index}", "tools": openai_tools(tuple(offered)), "kind": kind}
-        yield row | _turns(kind, text, calls, answer, results, whole)
+    return random.Random(f"{seed}/{split}")
 
 
-def _turns(
-    kind: str, text: str, calls: list[dict[str, Any]], answer: str, results: list[dict[str, Any]], whole: bool
-) -> dict[str, Any]:
-    """Messages of a row and, unless it is a whole conversation, its gold fields."""
-    user = {"role": "user", "content": text}
-    if not calls:
-        closing = {"role": "assistant", "content": answer}
-        return {"messages": [user, closing]} if whole else _prompt([user], [], answer, [])
-    tool_calls = [
-        {
-            "id": f"call_{i}",
-            "type": "function",
-            "function": {"name": call["name"], "arguments": json.dumps(call["arguments"], ensure_ascii=False)},
-        }
-        for i, call in enumerate(calls)
-    ]
-    if not whole and kind in ("one_call", "two_calls"):
-        return _prompt([user], calls, "", [])
-    history = [user, {"role": "assistant", "content": None, "tool_calls": tool_calls}]
-    for i, result in enumerate(results):
-        history.append({"role": "tool", "tool_call_id": f"call_{i}", "content": json.dumps(result, ensure_ascii=False)})
-    sentences, values = zip(*(_told(call, result) for call, result in zip(calls, results, strict=True)), strict=True)
-    if whole:
-        return {"messages": [*history, {"role": "assistant", "content": " ".join(sentences)}]}
-    return _prompt(history, [], " ".join(sentences), [value for group in values for value in group])
+def _draw_kind(rng: random.Random, shares: dict[str, float]) -> str:
+    return rng.choices(tuple(shares), tuple(shares.values()))[0]
 
 
-def _prompt(messages: list, calls: list, answer: str, values: list) -> dict[str, Any]:
-    return {"messages": messages, "gold_calls": calls, "gold_answer": answer, "gold_values": values}
+def _messages(dialogue: _Dialogue) -> list[dict[str, Any]]:
+    """The dialogue from the user's text to the closing answer, in the OpenAI form."""
+    messages: list[dict[str, Any]] = [{"role": "user", "content": dialogue.text}]
+    if dialogue.calls:
+        functions = [call | {"arguments": json.dumps(call["arguments"], ensure_ascii=False)} for call in dialogue.calls]
+        tool_calls = [{"id": f"call_{i}", "type": "function", "function": f} for i, f in enumerate(functions)]
+        messages.append({"role": "assistant", "content": None, "tool_calls": tool_calls})
+        for i, result in enumerate(dialogue.results):
+            content = json.dumps(result, ensure_ascii=False)
+            messages.append({"role": "tool", "tool_call_id": f"call_{i}", "content": content})
+    return [*messages, {"role": "assistant", "content": dialogue.answer}]
 
 
 def write_prompts(path: Path, num: int, seed: int, split: str) -> None:

@@ -7,7 +7,7 @@ arguments.
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,7 +158,7 @@ def openai_tool(name: str) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def openai_tools(names: tuple[str, ...] | None = None) -> list[dict[str, Any]]:
+def openai_tools(names: Iterable[str] | None = None) -> list[dict[str, Any]]:
     """The named tools (default: all of them) in the OpenAI form, in the order asked for."""
     return [openai_tool(name) for name in (tuple(_BY_NAME) if names is None else names)]
 
@@ -180,8 +180,6 @@ def call_tool(name: str, arguments: dict[str, Any]) -> str:
         state, value = divmod(state, n)
         return value
 
-    if draw(8) == 0:
-        result = {"error": tool.errors[draw(len(tool.errors))]}
-    else:
-        result = tool.answer(arguments, draw)
+    failed = draw(8) == 0
+    result = {"error": tool.errors[draw(len(tool.errors))]} if failed else tool.answer(arguments, draw)
     return json.dumps(result, ensure_ascii=False)

@@ -78,16 +78,19 @@ def train_tokenizer(conversations: Iterable[dict[str, Any]], vocab_size: int) ->
     )
     renderer = _wrap(Tokenizer(models.BPE()))
     added = re.compile("|".join(re.escape(token) for token in SPECIAL_TOKENS + MARKER_TOKENS))
-    pieces = (
-        piece
-        for row in conversations
-        for piece in added.split(renderer.apply_chat_template(row["messages"], tools=row["tools"], tokenize=False))
-    )
+    pieces = (piece for row in conversations for piece in added.split(render(renderer, row, prompt=False)))
     bpe.train_from_iterator(pieces, trainer)
     tokenizer = _wrap(bpe)
     if len(tokenizer) != vocab_size:
         raise ValueError(f"the corpus gives {len(tokenizer)} tokens, expected {vocab_size}: use a smaller vocab_size")
     return tokenizer
+
+
+def render(tokenizer: PreTrainedTokenizerFast, row: dict[str, Any], *, prompt: bool) -> str:
+    """The row's `messages` and `tools` as text; a prompt ends where the assistant begins."""
+    text = tokenizer.apply_chat_template(row["messages"], tools=row["tools"], add_generation_prompt=prompt, tokenize=False)
+    assert isinstance(text, str), f"expected rendered text, found {type(text)}"
+    return text
 
 
 def _wrap(bpe: Tokenizer) -> PreTrainedTokenizerFast:
