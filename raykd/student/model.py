@@ -159,7 +159,7 @@ def _cut(whole: PreTrainedModel, layers: tuple[int, ...], model: PreTrainedModel
 @torch.no_grad()
 def _check_head(model: PreTrainedModel) -> None:
     """Compare the model's own logits with the ones the losses will compute from hidden states and head."""
-    input_ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    input_ids = torch.arange(8)[None]  # several: the padding token's embedding is zero, and so is all that follows from it
     hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
     plain = _head(model)(hidden)
     difference = (model(input_ids=input_ids, use_cache=False).logits - plain).abs().max().item()
