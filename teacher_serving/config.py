@@ -58,7 +58,7 @@ class LocalTeacherConfig(Strict):
     """How the teacher writes."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of weights and activations; auto takes the one the model was saved in."""
-    max_model_len: int | None = Field(default=None, ge=2)
+    max_model_len: int | None = Field(default=None, ge=8)
     """Context in tokens, prompt and completion together. None: the model's own limit."""
     max_num_seqs: int = Field(default=64, ge=1)
     """Sequences in the running batch of one engine."""

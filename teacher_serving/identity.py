@@ -26,6 +26,9 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+MAX_CPU_KV_BYTES = 2 * 2**30
+KV_BLOCK_TOKENS = 128
+"""Of vLLM on the CPU; a sequence wastes up to one block."""
 VOLATILE_CONFIG_KEYS = ("transformers_version", "_name_or_path")
 
 
@@ -36,8 +39,7 @@ def describe(config: LocalTeacherConfig) -> TeacherInfo:
     stop token is outside it, and where the context asked for is longer than the model's.
     """
     folder = Path(config.model)
-    model_config = read_model_config(folder)
-    text_config = model_config.get("text_config", model_config)
+    text_config = read_text_config(folder)
     vocab_size = int(text_config["vocab_size"])
     if config.top_k > vocab_size:
         raise ValueError(
@@ -50,7 +52,7 @@ def describe(config: LocalTeacherConfig) -> TeacherInfo:
             f"sampling.stop_token_ids {outside} are outside the vocabulary of {folder}: {vocab_size} tokens; "
             f"expected 0 to {vocab_size - 1}"
         )
-    model_limit = int(text_config.get("max_position_embeddings", 0))
+    model_limit = context_limit(folder)
     if not model_limit and config.max_model_len is None:
         raise ValueError(f"{folder}/config.json has no max_position_embeddings; set max_model_len")
     if model_limit and config.max_model_len is not None and config.max_model_len > model_limit:
@@ -86,10 +88,30 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+def read_text_config(folder: Path) -> dict[str, Any]:
+    """The language model's part of config.json."""
+    model_config = read_model_config(folder)
+    return model_config.get("text_config", model_config)
+
+
+def context_limit(folder: Path) -> int:
+    """Positions the model was made for; 0 where its config does not say."""
+    return int(read_text_config(folder).get("max_position_embeddings") or 0)
+
+
+def cpu_kv_cache_bytes(config: LocalTeacherConfig, info: TeacherInfo) -> int:
+    """KV cache for max_num_seqs full contexts, within MAX_CPU_KV_BYTES but for two contexts at least.
+
+    On the CPU vLLM would otherwise claim most of the machine's memory.
+    """
+    element_bytes = 2 if config.dtype in ("float16", "bfloat16") else 4
+    context_bytes = (info.max_model_len + 2 * KV_BLOCK_TOKENS) * kv_bytes_per_token(Path(config.model), element_bytes)
+    return max(2 * context_bytes, min(config.max_num_seqs * context_bytes, MAX_CPU_KV_BYTES))
+
+
 def kv_bytes_per_token(folder: Path, element_bytes: int) -> int:
     """Bytes of keys and values that one token takes over all layers."""
-    model_config = read_model_config(folder)
-    text_config = model_config.get("text_config", model_config)
+    text_config = read_text_config(folder)
     num_heads = text_config["num_attention_heads"]
     head_dim = text_config.get("head_dim") or text_config["hidden_size"] // num_heads
     num_kv_heads = text_config.get("num_key_value_heads") or num_heads

@@ -22,10 +22,10 @@ from concurrent.futures import FIRST_EXCEPTION, Future
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 import vllm
 from vllm import EngineArgs, SamplingParams
 from vllm.exceptions import VLLMValidationError
@@ -39,12 +39,11 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from teacher_serving.arrow import NOTHING, Answer, ListColumn, answers_table, find_problems, request_seed
 from teacher_serving.config import VllmTeacherConfig
 from teacher_serving.faults import planned_fault
-from teacher_serving.identity import kv_bytes_per_token, read_model_config
+from teacher_serving.identity import context_limit, cpu_kv_cache_bytes
 from teacher_serving.types import TeacherDeadError, TeacherInfo
 
 ARRAYS_KEPT_IN = ("0.32.",)
 """vLLM versions whose output processor _KeptArrays is known to fit; others take the public flat path."""
-MAX_CPU_KV_BYTES = 2 * 2**30
 SCORING_BYTES = 256 * 2**20
 POLL_S = 1.0
 """How often a waiting caller looks whether the engine still lives."""
@@ -61,7 +60,8 @@ class VllmEngine:
         in_process = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") == "0"
         args = _engine_args(config, info)
         self._engine = LLMEngine.from_engine_args(args, enable_multiprocessing=not in_process)
-        self._context = self._engine.model_config.max_model_len
+        # vLLM wants room for a token after the last scored one, which a model at its own limit does not have.
+        self._score_context = min(info.max_model_len, self._engine.model_config.max_model_len - 1)
         assert self._engine.model_config.logprobs_mode == "raw_logprobs", "log-probabilities must be the raw ones"
         self._empty_fault = planned_fault("teacher", "empty")
         self._waiting: deque[_Request] = deque()
@@ -96,9 +96,8 @@ class VllmEngine:
 
     def probe(self) -> None:
         """Score one sequence of full length, so that too little memory shows now and not in an hour."""
-        half = self._context // 2
-        ids = np.arange(self._context - 1, dtype=np.int32) % self.info.vocab_size
-        sequence = pa.table({"uid": [0], "prompt_ids": [ids[:half]], "output_ids": [ids[half:]]})
+        ids = np.arange(self._score_context, dtype=np.int32) % self.info.vocab_size
+        sequence = pa.table({"uid": [0], "prompt_ids": [ids[:1]], "output_ids": [ids[1:]]})
         (answer,) = self.score_answers(sequence)
         if answer.finish_reason != "given":
             raise TeacherDeadError(f"the engine could not score {len(ids)} tokens: {answer.finish_reason}")
@@ -124,22 +123,18 @@ class VllmEngine:
 
         def request(row: int, attempt: int) -> _Request:
             prompt_ids = prompt.row(row).tolist()
-            params = SamplingParams(
+            params = _sampling_params(
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.sample_top_k,
                 seed=None if sampling.temperature == 0.0 else request_seed(sampling.seed, uids[row], attempt),
-                max_tokens=min(sampling.max_tokens, self._context - len(prompt_ids)),
-                ignore_eos=True,  # the stop tokens below are the whole list
+                max_tokens=min(sampling.max_tokens, self.info.max_model_len - len(prompt_ids)),
                 stop_token_ids=list(self._stop_token_ids),
                 logprobs=self._config.top_k,
-                flat_logprobs=True,
-                detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
             )
             return _Request(prompt_ids, params)
 
-        problems = find_problems(prompts, self.info, context=self._context)
+        problems = find_problems(prompts, self.info, context=self.info.max_model_len)
         answers = [Answer.error(problem or "the teacher was not asked") for problem in problems]
         open_rows = [row for row, problem in enumerate(problems) if problem is None]
         for attempt in range(self._config.max_retries + 1):
@@ -156,17 +151,9 @@ class VllmEngine:
         """As score, an Answer a row."""
         prompt = ListColumn.of(sequences, "prompt_ids")
         output = ListColumn.of(sequences, "output_ids")
-        # One token of the context goes to the token that the engine insists on writing.
-        problems = find_problems(sequences, self.info, context=self._context - 1)
+        problems = find_problems(sequences, self.info, context=self._score_context)
         rows = [row for row, problem in enumerate(problems) if problem is None and output.lengths[row]]
-        params = SamplingParams(
-            temperature=0.0,
-            max_tokens=1,
-            prompt_logprobs=self._config.top_k,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+        params = _sampling_params(temperature=0.0, max_tokens=1, prompt_logprobs=self._config.top_k)
         requests = [_Request(np.concatenate((prompt.row(row), output.row(row))).tolist(), params) for row in rows]
         self._ask(requests)
         empty = Answer(np.empty(0, np.int32), (), "given")
@@ -227,7 +214,8 @@ class VllmEngine:
     def _run(self) -> None:
         try:
             while self._admit():
-                for output in self._engine.step():
+                # Without a request in it, an engine in a child process would be waited for for ever.
+                for output in self._engine.step() if self._running else ():
                     assert isinstance(output, RequestOutput), f"expected written text, found {type(output).__name__}"
                     if request := self._running.pop(output.request_id, None):
                         request.done.set_result(output)
@@ -289,22 +277,13 @@ class VllmEngine:
 
     def _kept_arrays_agree(self) -> bool:
         """Whether the array path gives what vLLM's public flat path gives, for written and for given text."""
-        prompt = pa.table({"uid": [0], "prompt_ids": [np.arange(3, dtype=np.int32) % self.info.vocab_size]})
-        sequence = prompt.append_column("output_ids", prompt["prompt_ids"])
-        greedy = SamplingParams(
-            temperature=0.0,
-            max_tokens=min(3, self._context - 3),
-            logprobs=self._config.top_k,
-            ignore_eos=True,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+        sequence = pa.table({"uid": [0], "prompt_ids": [[0]], "output_ids": [[1]]})
+        greedy = _sampling_params(temperature=0.0, max_tokens=3, logprobs=self._config.top_k)
 
         def both() -> list[Answer]:
-            request = _Request(prompt["prompt_ids"][0].as_py(), greedy)
+            request = _Request([0], greedy)
             self._ask([request])
-            return [self._written(request, uid=0), *(self.score_answers(sequence) if self._context > 6 else [])]
+            return [self._written(request, uid=0), *self.score_answers(sequence)]
 
         self._keeps_arrays = False
         flat = both()
@@ -347,6 +326,17 @@ class _KeptArrays:
             self.prompt_logprobs.append((ids.numpy(), logprobs.numpy()))
 
 
+def _sampling_params(**settings: Any) -> SamplingParams:
+    """vLLM's settings of one request, with what is the same for all of ours."""
+    return SamplingParams(
+        ignore_eos=True,  # the stop tokens are the whole list
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        **settings,
+    )
+
+
 def _scored(asked: _Request, prompt_length: int, output_ids: np.ndarray) -> Answer:
     output = asked.done.result()
     if isinstance(output, str):
@@ -378,7 +368,7 @@ def _same_answer(a: Answer, b: Answer) -> bool:
 def _engine_args(config: VllmTeacherConfig, info: TeacherInfo) -> EngineArgs:
     assert config.device != "auto", "resolve the device first: connect.resolve_device"
     on_cpu = config.device == "cpu"
-    model_limit = read_model_config(Path(config.model)).get("max_position_embeddings", info.max_model_len)
+    model_limit = max(context_limit(Path(config.model)), info.max_model_len)
     batched_tokens = config.max_num_batched_tokens or int(
         np.clip(SCORING_BYTES // (8 * info.vocab_size), max(512, config.max_num_seqs), 8192)
     )
@@ -392,26 +382,16 @@ def _engine_args(config: VllmTeacherConfig, info: TeacherInfo) -> EngineArgs:
         generation_config="vllm",
         dtype=config.dtype,
         # One more than asked for where the model has it: a scored sequence needs room for a token nobody wants.
-        max_model_len=min(info.max_model_len + 1, max(model_limit, info.max_model_len)),
+        max_model_len=min(info.max_model_len + 1, model_limit),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=batched_tokens,
         max_logprobs=config.top_k,
         logprobs_mode="raw_logprobs",
         gpu_memory_utilization=config.gpu_memory_utilization,
-        kv_cache_memory_bytes=_kv_cache_bytes(config, info) if on_cpu else config.kv_cache_memory_bytes,
+        kv_cache_memory_bytes=config.kv_cache_memory_bytes or (cpu_kv_cache_bytes(config, info) if on_cpu else None),
         tensor_parallel_size=config.tensor_parallel_size,
         enforce_eager=on_cpu,
         disable_log_stats=True,
         use_tqdm_on_load=False,
         seed=config.sampling.seed % 2**31,
     )
-
-
-def _kv_cache_bytes(config: VllmTeacherConfig, info: TeacherInfo) -> int:
-    """On the CPU vLLM would take most of the memory: full contexts for every sequence, within MAX_CPU_KV_BYTES."""
-    if config.kv_cache_memory_bytes is not None:
-        return config.kv_cache_memory_bytes
-    element_bytes = 2 if config.dtype in ("float16", "bfloat16") else torch.float32.itemsize
-    block = 128
-    context_bytes = (info.max_model_len + 2 * block) * kv_bytes_per_token(Path(config.model), element_bytes)
-    return max(2 * context_bytes, min(config.max_num_seqs * context_bytes, MAX_CPU_KV_BYTES))

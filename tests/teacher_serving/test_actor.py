@@ -83,14 +83,14 @@ def test_rows_that_have_their_answer_are_left_alone(teacher: Teacher):
     assert (np.array(table["teacher_seconds"].to_pylist()) == 0.0).tolist() == known.to_pylist()
 
 
-def test_busy_time_is_dealt_out_once_however_calls_overlap():
-    clock = BusyClock(now=iter([0.0, 1.0, 3.0, 4.0, 10.0]).__next__)
-    clock.start()  # at 0
-    clock.start()  # busy already
-    spent = [clock.stop(), clock.stop()]
-    clock.start()
-    spent.append(clock.stop())
-    assert spent == [1.0, 2.0, 6.0]
+def test_busy_and_idle_time_are_dealt_out_once_however_calls_overlap():
+    clock = BusyClock(now=iter([0.0, 0.5, 1.0, 3.0, 4.0, 10.0]).__next__)
+    idle = [clock.start(), clock.start()]
+    busy = [clock.stop(), clock.stop()]
+    idle.append(clock.start())
+    busy.append(clock.stop())
+    assert idle == [0.0, 0.0, 1.0]
+    assert busy == [1.0, 2.0, 6.0]
 
 
 def test_an_actor_whose_engine_is_dead_ends_its_process_at_once():
