@@ -103,7 +103,7 @@ def test_the_prompt_ends_where_the_assistant_begins(byte_tokenizer):
     assert render_prompt(tokenizer, TALK[:2], []).endswith("Hi<|im_end|>\n<|im_start|>assistant\n")
 
 
-def tokenize(tokenizer, row, completions="recorded", max_tokens=10_000, **options):
+def tokenize(tokenizer, row, completions: Any = "recorded", max_tokens=10_000, **options):
     return tokenize_row(tokenizer, row, uid=1, key="a:1", completions=completions, max_tokens=max_tokens, **options)
 
 
