@@ -18,7 +18,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -173,33 +172,12 @@ def relative_error(got: Tensor | None, want: Tensor | None) -> float:
     return float((got - want).norm() / want.norm())
 
 
-class PeakRss:
-    """Peak of the resident memory over the value at entry, in MiB, sampled every millisecond."""
-
-    def __enter__(self) -> PeakRss:
-        self._start = self._peak = _rss()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._sample)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._peak = max(self._peak, _rss())
-
-    def _sample(self) -> None:
-        while not self._stop.wait(1e-3):
-            self._peak = max(self._peak, _rss())
-
-    @property
-    def extra_mib(self) -> float:
-        return (self._peak - self._start) / MIB
-
-
-def _rss() -> int:
-    with open("/proc/self/statm") as f:
-        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def resident_kib(field: str) -> int:
+    """VmRSS, what is resident now, or VmHWM, its peak, of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1])
+    raise SystemExit(f"/proc/self/status has no {field}; the CPU benchmark needs Linux")
 
 
 def measure_cpu(name: str, shape: Shape, threads: int) -> Sample:
@@ -207,12 +185,14 @@ def measure_cpu(name: str, shape: Shape, threads: int) -> Sample:
     torch.set_num_threads(threads)
     run, data = VARIANTS[name], make_inputs(shape)
     run(make_inputs(replace(shape, rows=8, vocab=2 * shape.top_k)))  # loads libraries, starts threads
-    with PeakRss() as memory:
-        run(data)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+    before = resident_kib("VmRSS")
+    run(data)
+    extra_mib = (resident_kib("VmHWM") - before) / 1024
     data.hidden.grad = data.weight.grad = None
     cpu, wall = time.process_time(), time.perf_counter()
     run(data)
-    return Sample(time.process_time() - cpu, time.perf_counter() - wall, memory.extra_mib)
+    return Sample(time.process_time() - cpu, time.perf_counter() - wall, extra_mib)
 
 
 def sample_in_subprocess(name: str, arguments: list[str]) -> Sample:
