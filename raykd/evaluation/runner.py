@@ -53,7 +53,7 @@ def evaluate(config: Config, models: Mapping[str, Path], folder: Path) -> Result
     untrained = folder / UNTRAINED
     untrained.mkdir(parents=True, exist_ok=True)
     try:
-        made = _task(config, make_untrained).remote(config.student, config.run.seed, str(untrained))
+        made = ray.remote(make_untrained).remote(config.student, config.run.seed, str(untrained))
         answers, teacher_rows = write(config, Path(config.teacher.model), TEACHER, info, table, keep_scores=True)
         judged = {TEACHER: _judge(Path(config.teacher.model), answers, prompts)}
         for score, nats in zip(judged[TEACHER].scores, _own_nats(answers), strict=True):
