@@ -1,6 +1,7 @@
 """Teacher stage against bare vLLM, side by side in one run on one engine: `python scripts/bench_teacher.py [--quick]`.
 
-In:  a random 2-layer model (V = 32000), K = 64, made on the spot.
+In:  a model folder (default: the demo teacher), or with --random a 2-layer model of V = 32000 made on the spot, whose
+     tokenizer is the cheapest there is to decode; K = 64.
 Out: a printed table and bench/teacher.json: microseconds a token from engine output to Arrow, and the rate of the
      teacher actor relative to bare `LLM.generate` with flat, with no and with default log-probabilities.
 
@@ -44,7 +45,9 @@ from teacher_serving.arrow import Answer, answers_table
 from teacher_serving.config import SamplingConfig, VllmTeacherConfig
 from teacher_serving.types import TeacherInfo
 
-V, K = 32_000, 64
+K = 64
+RANDOM_V = 32_000
+DEMO_TEACHER = Path(__file__).parents[1] / "raykd" / "demo" / "teacher"
 PROMPT_TOKENS, OUTPUT_TOKENS = 32, 32
 Cell = Callable[[], int]  # does its work and says how many tokens it was
 
@@ -52,19 +55,23 @@ Cell = Callable[[], int]  # does its work and says how many tokens it was
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="three rounds of fewer sequences, about two minutes")
-    parser.add_argument("--hidden-size", type=int, default=512)
+    parser.add_argument("--model", type=Path, default=DEMO_TEACHER)
+    parser.add_argument("--random", type=int, metavar="HIDDEN_SIZE", help="a random model instead of --model")
     parser.add_argument("--out", type=Path, default=Path("bench/teacher.json"))
     args = parser.parse_args()
-    num_sequences, num_rounds = (64, 3) if args.quick else (256, 7)
+    num_sequences, num_rounds = (128, 3) if args.quick else (256, 7)
 
-    report: dict[str, object] = {"K": K, "V": V, "hidden_size": args.hidden_size, "to_arrow_us_per_token": to_arrow()}
+    report: dict[str, object] = {"K": K, "model": "random" if args.random else args.model.name}
+    report["to_arrow_us_per_token"] = to_arrow()
     print("engine output to Arrow, microseconds of CPU a token:", report["to_arrow_us_per_token"])
     with tempfile.TemporaryDirectory() as folder:
-        save_model(Path(folder), args.hidden_size)
-        actor, llm, config = start(folder)
+        if args.random:
+            save_random_model(Path(folder), args.random)
+        actor, llm, config = start(folder if args.random else str(args.model))
+        vocab_size = report["V"] = actor._teacher.info.vocab_size
         for title, cells in (
-            ("generate", generate_cells(actor, llm, config, num_sequences)),
-            ("score", score_cells(actor, llm, config, num_sequences)),
+            ("generate", generate_cells(actor, llm, config, num_sequences, vocab_size)),
+            ("score", score_cells(actor, llm, config, num_sequences, vocab_size)),
         ):
             report[title] = race(cells, num_rounds)
             print_race(title, report[title])
@@ -75,14 +82,14 @@ def main() -> None:
 # ---- the engine, shared by all cells
 
 
-def save_model(folder: Path, hidden_size: int) -> None:
+def save_random_model(folder: Path, hidden_size: int) -> None:
     """A random Qwen3 with a vocabulary of whole words, the cheapest there is to decode."""
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=V,
+        vocab_size=RANDOM_V,
         hidden_size=hidden_size,
         intermediate_size=3 * hidden_size,
         num_hidden_layers=2,
@@ -94,7 +101,7 @@ def save_model(folder: Path, hidden_size: int) -> None:
         initializer_range=0.05,
     )
     Qwen3ForCausalLM(config).save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({f"w{index}": index for index in range(V)}, unk_token="w0"))
+    tokenizer = Tokenizer(models.WordLevel({f"w{index}": index for index in range(RANDOM_V)}, unk_token="w0"))
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w1").save_pretrained(folder)
 
@@ -138,16 +145,18 @@ def run_actor(actor: TeacherActor, table: pa.Table, config: VllmTeacherConfig) -
     return sum(len(answer["output_ids"].combine_chunks().flatten()) for answer in answers)
 
 
-def random_ids(num_sequences: int, length: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(2, V, (num_sequences, length), dtype=np.int32)
+def random_ids(num_sequences: int, length: int, vocab_size: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(2, vocab_size, (num_sequences, length), dtype=np.int32)
 
 
-def generate_cells(actor: TeacherActor, llm: LLM, config: VllmTeacherConfig, num_sequences: int) -> dict[str, Cell]:
+def generate_cells(
+    actor: TeacherActor, llm: LLM, config: VllmTeacherConfig, num_sequences: int, vocab_size: int
+) -> dict[str, Cell]:
     """Writing OUTPUT_TOKENS for each prompt; every round has new prompts, so that no cache helps anybody."""
     seeds = iter(range(10**6))
 
     def prompts() -> np.ndarray:
-        return random_ids(num_sequences, PROMPT_TOKENS, next(seeds))
+        return random_ids(num_sequences, PROMPT_TOKENS, vocab_size, next(seeds))
 
     def ours() -> int:
         table = pa.table({"uid": np.arange(num_sequences), "prompt_ids": list(prompts())})
@@ -170,13 +179,15 @@ def generate_cells(actor: TeacherActor, llm: LLM, config: VllmTeacherConfig, num
     }
 
 
-def score_cells(actor: TeacherActor, llm: LLM, config: VllmTeacherConfig, num_sequences: int) -> dict[str, Cell]:
+def score_cells(
+    actor: TeacherActor, llm: LLM, config: VllmTeacherConfig, num_sequences: int, vocab_size: int
+) -> dict[str, Cell]:
     """Scoring sequences that are all output but for one token."""
     length = PROMPT_TOKENS + OUTPUT_TOKENS
     seeds = iter(range(10**6, 2 * 10**6))
 
     def sequences() -> np.ndarray:
-        return random_ids(num_sequences, length, next(seeds))
+        return random_ids(num_sequences, length, vocab_size, next(seeds))
 
     def ours() -> int:
         rows = sequences()
@@ -259,7 +270,7 @@ def to_arrow(num_tokens: int = 4096, num_repeats: int = 5) -> dict[str, float]:
         )
         for t in range(num_tokens)
     ]
-    info = TeacherInfo("bench", "", "", V, num_tokens + 8, ())
+    info = TeacherInfo("bench", "", "", RANDOM_V, num_tokens + 8, ())
     rows = pa.table({"uid": [0], "prompt_ids": pa.array([[1]], pa.list_(pa.int32()))})
 
     def ours() -> None:
