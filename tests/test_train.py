@@ -181,7 +181,7 @@ def test_two_workers_and_two_epochs_drop_and_repeat_nothing(config_file, undistu
 
 @pytest.mark.ray
 def test_what_only_the_user_can_mend_ends_the_run_with_one_message(config_file, undisturbed, capsys):
-    options = ["run.name=diverged", "train.learning_rate=1e30", "train.max_skipped_steps=2"]
+    options = ["run.name=diverged", "train.learning_rate=1e30", "train.max_skipped_steps=2", "train.max_failures=0"]
     assert exit_code(lambda: main(["--config", str(config_file), *options])) == 1
     error = capsys.readouterr().err
     assert "error: 2 steps in a row" in error

@@ -25,6 +25,7 @@ import ray.train
 import torch
 from ray.train.torch import TorchTrainer, get_device
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from raykd.cli import set_up_logging
 from raykd.config import Config
@@ -174,6 +175,7 @@ def users_mistake(error: BaseException | None) -> ValueError | None:
 
 def _train(settings: EpochSettings) -> EpochResult:
     set_up_logging()
+    disable_progress_bar()  # of the loading of weights, which a worker does at every restart
     config, run_folder = settings.config, settings.run_folder
     torch.set_num_threads(config.train.threads_per_worker)
     ranks = Ranks.of_process_group()
