@@ -59,6 +59,8 @@ class TeacherRecipe:
 def new_model(recipe: TeacherRecipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     """A randomly initialised float32 model with tied embeddings."""
     torch.manual_seed(recipe.seed)
+    special_ids: Any = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    eos_id, pad_id = special_ids
     return Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=recipe.vocab_size,
@@ -70,8 +72,8 @@ def new_model(recipe: TeacherRecipe, tokenizer: PreTrainedTokenizerFast) -> Qwen
             head_dim=recipe.head_dim,
             max_position_embeddings=recipe.max_position_embeddings,
             tie_word_embeddings=True,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=eos_id,
+            pad_token_id=pad_id,
             bos_token_id=None,
         )
     )
@@ -179,7 +181,7 @@ def build(recipe: TeacherRecipe, out: Path, num_held_out: int = 600) -> Grade:
     tokenizer = train_tokenizer(generate_conversations(6000, recipe.seed, "train"), recipe.vocab_size)
     tokenizer.save_pretrained(out)
     model = train(recipe, tokenizer)
-    model.to(torch.bfloat16).save_pretrained(out)
+    model.bfloat16().save_pretrained(out)
     (out / "recipe.yaml").write_text(yaml.safe_dump(asdict(recipe), sort_keys=False))
     saved = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     return grade_greedy(saved, tokenizer, list(generate(num_held_out, 0, "held_out")))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from raykd.demo.tokenizer import render
 
@@ -60,23 +60,24 @@ def grade_texts(rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> Grade:
 
 @torch.inference_mode()
 def complete_greedy(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: Sequence[dict[str, Any]], batch_size: int = 100
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: Sequence[dict[str, Any]], batch_size: int = 100
 ) -> list[str]:
     """Greedy completions of prompt rows, at most 128 tokens each, without the closing <|im_end|>."""
     model.eval()
+    writer: Any = model  # the type stubs hide `generate`
     prompts = [render(tokenizer, row, prompt=True) for row in rows]
     order = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
     texts = [""] * len(rows)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = tokenizer([prompts[i] for i in chosen], padding=True, padding_side="left", return_tensors="pt")
-        output = model.generate(**batch, do_sample=False, max_new_tokens=128)
+        output = writer.generate(**batch, do_sample=False, max_new_tokens=128)
         new = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for index, text in zip(chosen, new, strict=True):
             texts[index] = text
     return texts
 
 
-def grade_greedy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: Sequence[dict[str, Any]]) -> Grade:
+def grade_greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: Sequence[dict[str, Any]]) -> Grade:
     """Grade the model's greedy completions."""
     return grade_texts(rows, complete_greedy(model, tokenizer, rows))
