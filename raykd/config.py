@@ -129,16 +129,16 @@ class LossConfig(Section):
             raise ValueError("every loss weight is 0: set at least one of the weights in `loss` above 0")
         if self.kd_temperature != 1.0 and self.kd_support != "topk_renorm":
             raise ValueError(
-                f"loss.kd_temperature={self.kd_temperature} with loss.kd_support={self.kd_support}: the teacher's mass outside "
-                "its top-k is unknown at a temperature other than 1; use kd_temperature=1 or kd_support=topk_renorm"
+                f"loss.kd_temperature={self.kd_temperature} with loss.kd_support={self.kd_support}: the teacher's mass "
+                "outside its top-k is unknown at a temperature other than 1; use kd_temperature=1 or kd_support=topk_renorm"
             )
         student_to_teacher = self.kd_divergence == "reverse_kl" or (
             {"jsd": 1.0, "skewed_reverse_kl": 0.0}.get(self.kd_divergence) == self.kd_beta
         )
         if student_to_teacher and self.kd_support == "topk_zero":
             raise ValueError(
-                f"loss.kd_divergence={self.kd_divergence} (kd_beta={self.kd_beta:g}) with loss.kd_support=topk_zero: the student "
-                "has mass where this teacher has none, the divergence is infinite; use kd_support=topk_tail"
+                f"loss.kd_divergence={self.kd_divergence} (kd_beta={self.kd_beta:g}) with loss.kd_support=topk_zero: the "
+                "student has mass where this teacher has none, the divergence is infinite; use kd_support=topk_tail"
             )
         if self.weights.keys() == {"json_argument"} and not (
             self.json_structure_weight or self.json_key_weight or self.json_value_weight
