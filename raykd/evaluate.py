@@ -82,7 +82,10 @@ def print_results(results: Results) -> None:
     if any(ratios):
         row = ("–" if ratio is None else format_estimate("exact_call", ratio) for ratio in ratios)
         table.add_row("exact calls, share of the teacher's", *row)
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 140  # a file or a log has no width; the default would break every cell
+    console.print(table)
 
 
 if __name__ == "__main__":

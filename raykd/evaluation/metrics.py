@@ -44,7 +44,8 @@ from raykd.data.extractors import ToolCall, extract_tool_calls, find_integration
 Score = dict[str, tuple[float, float]]
 """(sum, count) by metric, of one prompt."""
 
-LOWER_IS_BETTER = ("over_calls", "hallucinated_calls", "missed_calls", "kl", "perplexity")
+CALL_MARKERS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
+"""What begins a call and nothing else: a text with one tried to call, though what follows may not be readable as one."""
 
 
 @dataclass(frozen=True)
@@ -87,15 +88,17 @@ def score_completion(
     calls = extract_tool_calls(text, frozenset(schemas)) if schemas else extract_tool_calls(text)
     score: Score = {}
     if gold.calls is not None:
-        score["call_decision"] = (float(bool(calls) == bool(gold.calls)), 1.0)
-        score |= _score_calls(calls, gold.calls, schemas) if gold.calls else _score_control(calls)
+        called = bool(calls) or any(marker in text for marker in CALL_MARKERS)
+        score["call_decision"] = (float(called == bool(gold.calls)), 1.0)
+        if gold.calls:
+            score["missed_calls"] = (float(not called), 1.0)
+            score |= _score_calls(calls, gold.calls, schemas)
+        else:
+            score["over_calls"] = (float(called), 1.0)
+            score["hallucinated_calls"] = (float(max(len(calls), called)), 1.0)
     if gold.values:
         score |= _score_integration(_without_calls(text, calls), messages, gold.values)
     return score
-
-
-def _score_control(calls: Sequence[ToolCall]) -> Score:
-    return {"over_calls": (float(bool(calls)), 1.0), "hallucinated_calls": (float(len(calls)), 1.0)}
 
 
 def _score_calls(calls: Sequence[ToolCall], gold: Sequence[Mapping[str, Any]], schemas: Mapping[str, Any]) -> Score:
@@ -106,7 +109,6 @@ def _score_calls(calls: Sequence[ToolCall], gold: Sequence[Mapping[str, Any]], s
     written = Counter(_canonical([call.name, call.arguments]) for call in parsed)
     wanted = Counter(_canonical([call["name"], call["arguments"]]) for call in gold)
     return {
-        "missed_calls": (float(not calls), 1.0),
         "json_validity": (float(all_parse), 1.0),
         "schema_validity": (float(valid), 1.0),
         "tool_name": ((names & gold_names).total() / max(len(calls), len(gold)), 1.0),

@@ -19,7 +19,6 @@ import matplotlib
 matplotlib.use("Agg")  # no display needed
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
 
 from raykd.evaluation.metrics import Gold
 from raykd.evaluation.page import (
@@ -137,7 +136,7 @@ def draw_figures(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
 
 def _axes(title: str, x_label: str) -> tuple[Figure, Axes]:
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 3.5), layout="constrained")
+        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = figure.add_subplot()
         axes.set_title(title)
         axes.set_xlabel(x_label)
@@ -192,10 +191,14 @@ def _series(metrics: Sequence[Mapping[str, Any]], x: str, y: str) -> tuple[list[
 def _finish(axes: Axes, *, log: bool) -> None:
     if log:
         axes.set_yscale("log")
+        low, high = axes.get_ylim()
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
-    if len(axes.lines) > 1:
-        axes.legend(ncols=2 if len(axes.lines) > 4 else 1, frameon=False)
+        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if high < 10 * low else "")
+    if len(axes.lines) > 4:
+        assert isinstance(axes.figure, Figure), "one figure holds one plot"
+        axes.figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    elif len(axes.lines) > 1:
+        axes.legend(frameon=False)
 
 
 def svg_of(figure: Figure) -> str:

@@ -21,6 +21,7 @@ import pyarrow as pa
 import ray
 from ray.exceptions import RayTaskError
 from transformers import AutoConfig, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from raykd.config import Config, StudentConfig
 from raykd.data.detokenize import decode_tokens
@@ -125,7 +126,7 @@ def write(
     with `keep_scores` has the configured top-k). Raises EvaluationError where a prompt came back without an answer.
     """
     engine = _engine_config(config, path, name, teacher, keep_scores=keep_scores)
-    environment = cpu_environment(engine) if engine.device == "cpu" else {}
+    environment = {"PYTHONWARNINGS": "ignore", **(cpu_environment(engine) if engine.device == "cpu" else {})}
     actor = ray.remote(Writer).options(
         num_cpus=engine.num_cpus, num_gpus=engine.gpus_per_actor, runtime_env={"env_vars": environment}
     )
@@ -186,6 +187,7 @@ def _task(config: Config, function: Any) -> Any:
 
 def make_untrained(student: StudentConfig, seed: int, folder: str) -> None:
     """Task: save the student as training started from it."""
+    disable_progress_bar()
     load_student(student, seed).save(Path(folder))
 
 

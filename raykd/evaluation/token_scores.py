@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from raykd.config import LossConfig, StudentConfig
 from raykd.data.collate import collate_kd_batch
@@ -38,6 +39,7 @@ def score_by_teacher(
     same order. Raises ValueError for a completion that cannot be scored.
     """
     torch.set_num_threads(num_threads)
+    disable_progress_bar()
     as_saved = {"model": path, "tokenizer": None, "random_weights": False, "layers": None}
     model = load_student(student.model_copy(update=as_saved), seed=0).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")

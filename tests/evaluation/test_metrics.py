@@ -102,6 +102,13 @@ def test_a_truncated_call_is_no_valid_json_but_keeps_its_name():
     assert (score["call_decision"], score["tool_name"]) == (1.0, 1.0)
 
 
+def test_an_unreadable_call_behind_its_marker_is_a_call_that_was_tried():
+    garbage = '<tool_call>\n{"name": "": "": "'
+    assert values(garbage) == {"call_decision": 0.0, "over_calls": 1.0, "hallucinated_calls": 1.0}
+    score = values(garbage, ADD)
+    assert (score["call_decision"], score["missed_calls"], score["json_validity"]) == (1.0, 0.0, 0.0)
+
+
 def test_a_call_against_the_schema_or_of_a_tool_not_offered_is_valid_json_only():
     for wrong in ({"name": "add", "arguments": {"a": "1", "b": 2}}, {"name": "drop", "arguments": {}}):
         score = values(written(wrong), ADD)
