@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -97,9 +98,22 @@ class _Shelf:
             self.pending = []
 
 
-def prepare_shard(shard: Shard, stem: str, held_out: bool, rules: RowRules) -> ShardResult:
-    """Turn the rows of a shard into the files `<stem>-<part>.parquet`. Raises DataError where the file cannot be read."""
+class Work(NamedTuple):
+    """A shard to prepare: its rows become the files `<stem>-<part>.parquet`."""
+
+    shard: Shard
+    stem: str
+    held_out: bool
+
+
+def prepare_shards(work: Sequence[Work], rules: RowRules) -> list[ShardResult]:
+    """Prepare shards one after the other. Raises DataError where a file cannot be read."""
     tokenizer = load_tokenizer(rules.tokenizer)
+    return [prepare_shard(*item, tokenizer, rules) for item in work]
+
+
+def prepare_shard(shard: Shard, stem: str, held_out: bool, tokenizer: Any, rules: RowRules) -> ShardResult:
+    """Turn the rows of a shard into part files."""
     shelf = _Shelf(Path(stem))
     rejected: list[Reject] = []
     num_truncated = 0

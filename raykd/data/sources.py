@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,24 @@ import ray
 from ray.exceptions import RayTaskError
 
 from raykd.config import Config
-from raykd.data.prompt_rows import PROMPT_ROW_SCHEMA, Reject, RowRules, ShardResult, part_file, prepare_shard, write_table
-from raykd.data.readers import DataError, Shard, SourceFile, cut, find_files
+from raykd.data.prompt_rows import (
+    PROMPT_ROW_SCHEMA,
+    Reject,
+    RowRules,
+    ShardResult,
+    Work,
+    part_file,
+    prepare_shards,
+    write_table,
+)
+from raykd.data.readers import DataError, SourceFile, cut, find_files
 from teacher_serving.identity import describe, tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 2 << 20
+SHARDS_PER_TASK = 4
+"""A task's process first loads a tokenizer and what that needs, for seconds: a handful of small files is one task's work."""
 FORMAT_VERSION = 1
 REJECTED_FILE = "rejected.jsonl"
 
@@ -92,18 +104,17 @@ def prepare_prompts(config: Config, run_folder: str | Path) -> PromptSet:
     shards = [(shard, "train") for file in train for shard in cut(file, SHARD_BYTES)]
     shards += [(shard, "held_out") for file in held_out for shard in cut(file, SHARD_BYTES)]
     stems = [f"{kind}-{number:05d}" for number, (_, kind) in enumerate(shards)]
-    results = _run([shard for shard, _ in shards], stems, [kind == "held_out" for _, kind in shards], folder, rules)
-    prompt_set = _join(folder, stems, results, config)
+    work = [Work(shard, str(folder / stem), kind == "held_out") for stem, (shard, kind) in zip(stems, shards, strict=True)]
+    prompt_set = _join(folder, stems, _run(work, rules), config)
     _write_json(folder / "prompt_set.json", {"fingerprint": fingerprint, "prompt_set": asdict(prompt_set)})
     return prompt_set
 
 
-def _run(shards: list[Shard], stems: list[str], held_out: list[bool], folder: Path, rules: RowRules) -> list[ShardResult]:
-    task = ray.remote(num_cpus=1, max_retries=3)(prepare_shard)
+def _run(work: list[Work], rules: RowRules) -> list[ShardResult]:
+    task = ray.remote(num_cpus=1, max_retries=3)(prepare_shards)
+    tasks = [work[start : start + SHARDS_PER_TASK] for start in range(0, len(work), SHARDS_PER_TASK)]
     try:
-        return ray.get(
-            [task.remote(s, str(folder / stem), h, rules) for s, stem, h in zip(shards, stems, held_out, strict=True)]
-        )
+        return list(chain.from_iterable(ray.get([task.remote(part, rules) for part in tasks])))
     except RayTaskError as error:
         raise (error.cause if isinstance(error.cause, DataError) else error) from None
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from raykd.data.prompt_rows import RowRules, ShardResult, prepare_shard
+from raykd.data.prompt_rows import RowRules, ShardResult, Work, prepare_shards
 from raykd.data.readers import Shard, cut, find_files
 from teacher_serving.types import TEACHER_OUTPUT_SCHEMA
 
@@ -18,7 +19,7 @@ def conversation(text: str, **more: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": text}], **more}
 
 
-def write_lines(path: Path, rows: list[dict[str, Any] | bytes]) -> Path:
+def write_lines(path: Path, rows: Sequence[dict[str, Any] | bytes]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
     path.write_bytes(b"".join(line + b"\n" for line in lines))
@@ -32,7 +33,9 @@ def shards_of(path: Path, shard_bytes: int = 1 << 20) -> list[Shard]:
 def prepare(tmp_path: Path, rows: list, model: Path, **rules: Any) -> ShardResult:
     (shard,) = shards_of(write_lines(tmp_path / "in" / "a.jsonl", rows))
     settings = {"completions": "teacher", "max_tokens": 200, "on_long_prompt": "reject", **rules}
-    return prepare_shard(shard, str(tmp_path / "train-0"), False, RowRules(tokenizer=str(model), **settings))
+    work = [Work(shard, str(tmp_path / "train-0"), held_out=False)]
+    (result,) = prepare_shards(work, RowRules(tokenizer=str(model), **settings))
+    return result
 
 
 def answers(uids: list[int], fingerprint: str = "f") -> pa.Table:

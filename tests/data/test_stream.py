@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -220,14 +221,13 @@ def test_a_killed_teacher_loses_and_repeats_nothing_and_later_epochs_have_no_tea
     assert (tmp_path / "struck").exists(), "the teacher was to be killed"
     assert rows.schema == EXAMPLE_SCHEMA
     assert rows["uid"].to_pylist() == [*order[:3].tolist(), *order[15:].tolist()], "each once, in the planned order"
-    assert rows["held_out"].to_pylist() == [True] * 3 + [False] * 25
+    assert rows["held_out"].to_pylist() == [True] * 3 + [False] * 28
     assert set(rows["top_k"].to_pylist()) == {4}
     assert min(rows["teacher_seconds"].to_pylist()) > 0
     assert not np.isin(consumed, cache.index().uid).any(), "what is trained is not asked again"
-    assert len(cache.index().uid) == 28
+    assert len(cache.index().uid) == 31
 
-    rest = np.setdiff1d(order[3:], consumed)
-    again = rows_of(example_stream(config, prompt_set, 0, np.setdiff1d(order[3:], rest), no_teacher))
+    again = rows_of(example_stream(config, prompt_set, 0, consumed, no_teacher))
     assert again.drop_columns(["teacher_seconds", "teacher_wait_seconds"]).equals(
         rows.drop_columns(["teacher_seconds", "teacher_wait_seconds"])
     ), "from the cache as from the teacher"
@@ -276,6 +276,8 @@ def test_the_teacher_leads_a_slow_trainer_by_the_bound_and_the_batches_in_flight
     import ray
     from ray.data import ActorPoolStrategy
 
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
+
     @ray.remote(num_cpus=0)
     class Counter:
         def __init__(self) -> None:
@@ -306,8 +308,9 @@ def test_the_teacher_leads_a_slow_trainer_by_the_bound_and_the_batches_in_flight
 
     (shard,) = example_stream(config, prompt_set, 0, NOTHING, stage).streaming_split(1, equal=False)
     taken, leads = 0, []
-    for number, block in enumerate(shard.iter_batches(batch_size=4, batch_format="pyarrow", prefetch_batches=1)):
-        taken += block.num_rows * FastTeacher.TOKENS
+    blocks = shard.iter_batches(batch_size=4, batch_format="pyarrow", prefetch_batches=1)
+    for number, block in enumerate(blocks):
+        taken += len(block) * FastTeacher.TOKENS
         if number < 3:
             time.sleep(2.0)  # time in which an unbounded teacher would be through with all prompts
         leads.append(ray.get(counter.get.remote()) - taken)
