@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny models on disk, one Ray cluster per session. Environment for CPU engines is set before any import of vllm."""
+"""Shared fixtures: tiny models on disk, one Ray cluster per session; the environment that CPU engines need."""
 
 from __future__ import annotations
 
