@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. Errors: ValueError for what the user can mend."""
-    config, args = parse(argv, __doc__, "--plan", "--resume")
+    config, args = parse(argv, __doc__ or "", "--plan", "--resume")
     plan = check(config)
     if args.plan:
         cluster = ray.cluster_resources() if connect_ray(config) else None
@@ -97,7 +97,7 @@ def _stop_on_signals(run_folder: Path) -> Iterator[list[int]]:
     def ask_to_stop(number: int, frame: object) -> None:
         received.append(number)
         stop_file.touch()
-        signal.signal(number, previous[number])
+        signal.signal(number, previous[signal.Signals(number)])
 
     previous = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -64,7 +64,7 @@ class Prompt:
 
     uid: int  # stable id: hash of source and key (see data/sources.py); epochs derive their own from it
     key: str  # the row's own id, or file:line
-    messages_json: str  # conversation up to the completion, as JSON text
+    messages_json: str  # JSON text of the conversation: up to the completion, or through the last recorded turn
     tools_json: str  # offered tools in the OpenAI form, as JSON text; "[]" without tools
     prompt_ids: np.ndarray  # int32 [P]
     recorded_ids: np.ndarray | None = None  # int32 [T]

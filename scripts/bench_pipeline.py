@@ -173,7 +173,13 @@ def main() -> None:
 def _config(scratch: Path, num_prompts: int, lead: int) -> Config:
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "raykd" / "demo" / "teacher")
     model = scratch / "model"  # never run: it only lends the stream a tokenizer and a fingerprint
-    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 16}
+    shape: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "head_dim": 16,
+    }
     Qwen3ForCausalLM(
         Qwen3Config(vocab_size=len(tokenizer), num_key_value_heads=1, max_position_embeddings=1024, **shape)
     ).save_pretrained(model)
@@ -191,9 +197,7 @@ def _config(scratch: Path, num_prompts: int, lead: int) -> Config:
     )
 
 
-def _run(
-    config: Config, prompt_set: PromptSet, teacher_s: float, step_s: float, method: str
-) -> tuple[dict[str, Any], float]:
+def _run(config: Config, prompt_set: PromptSet, teacher_s: float, step_s: float, method: str) -> dict[str, Any]:
     """One pass with nothing cached: the trainer's numbers and the peak of the object store in MB."""
     cache = teacher_cache(config, prompt_set)
     for file in cache.path.glob("*.parquet"):
@@ -211,11 +215,13 @@ def _run(
 
     (shard,) = example_stream(config, prompt_set, 0, np.empty(0, np.int64), teacher).streaming_split(1, equal=False)
     done = getattr(Trainer.remote(), method).remote(shard, step_s)
+    core_worker: Any = global_worker.core_worker  # pyright: ignore[reportAttributeAccessIssue]
     store_mb, references = 0.0, 0
     while not ray.wait([done], timeout=0.2)[0]:
         store_mb = max(store_mb, _store_mb())
-        references = max(references, len(global_worker.core_worker.get_all_reference_counts()))
-    return ray.get(done) | {"peak_store_mb": store_mb, "driver_references": references}
+        references = max(references, len(core_worker.get_all_reference_counts()))
+    numbers: Any = ray.get(done)
+    return numbers | {"peak_store_mb": store_mb, "driver_references": references}
 
 
 def _measure(config: Config, prompt_set: PromptSet, ratio: float, seconds: float) -> Measured:

@@ -38,7 +38,9 @@ def demo_tokenizer():
     return AutoTokenizer.from_pretrained(DEMO_TEACHER)
 
 
-def save_tiny_model(path: Path, tokenizer, *, seed: int, num_layers: int = 2, hidden_size: int = 64) -> Path:
+def save_tiny_model(
+    path: Path, tokenizer, *, seed: int, num_layers: int = 2, hidden_size: int = 64, max_positions: int = 2048
+) -> Path:
     """A random Qwen3 model (tied embeddings) with the given tokenizer, as a Hugging Face folder."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -51,7 +53,7 @@ def save_tiny_model(path: Path, tokenizer, *, seed: int, num_layers: int = 2, hi
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=32,
-        max_position_embeddings=2048,
+        max_position_embeddings=max_positions,
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

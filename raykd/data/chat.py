@@ -77,7 +77,7 @@ def tokenize_row(
         limit_reason = f"the recorded conversation has {len(ids)} tokens"
     if len(ids) > max_tokens and overlong == "reject":
         raise RowError(
-            f"{limit_reason}, expected at most {max_tokens}; raise the context length or set data.overlong=truncate_left"
+            f"{limit_reason}, expected at most {max_tokens}; raise the context or set data.on_long_prompt=truncate_left"
         )
     cut = max(0, len(ids) - max_tokens)
     lost = 0

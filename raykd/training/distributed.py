@@ -193,7 +193,9 @@ def _train(settings: EpochSettings) -> EpochResult:
     if ranks.rank == 0 and trainer.progress.step == 0:
         tables = show_an_example(tables, tokenizer)
     share = ranks.share(config.train.sequences_per_step)
-    feed = Feed(tables, share, config.train.max_tokens_per_micro_batch, pad_id=tokenizer.pad_token_id or 0)
+    pad_id = tokenizer.pad_token_id
+    assert pad_id is None or isinstance(pad_id, int), f"one padding token expected, found {pad_id!r}"
+    feed = Feed(tables, share, config.train.max_tokens_per_micro_batch, pad_id=pad_id or 0)
     stop_file = run_folder / STOP_FILE
     with _tracing(config, run_folder, ranks, trainer.progress.step) as log:
         stopped = fit(
@@ -222,7 +224,7 @@ def planned_faults(stop_file: Path) -> Callable[[int], None]:
 
 def rows_of_this_worker() -> Iterator[pa.Table]:
     """This worker's share of the stream, block by block, as the teacher delivers it."""
-    shard = ray.train.get_dataset_shard("train")
+    shard: Any = ray.train.get_dataset_shard("train")  # its stub knows no batch_size=None: whole blocks
     yield from shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
 
 

@@ -21,7 +21,7 @@ from raykd.data.sources import PromptSet, prepare_prompts
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "description": "none"}}}]
 
 
-def all_rows(path: Path, shard_bytes: int = 1 << 20) -> list[tuple[int, dict[str, Any], str | None]]:
+def all_rows(path: Path, shard_bytes: int = 1 << 20) -> list[tuple[Any, ...]]:
     return [tuple(row) for shard in shards_of(path, shard_bytes) for row in read_rows(shard)]
 
 

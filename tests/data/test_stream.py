@@ -274,6 +274,7 @@ def test_the_teacher_leads_a_slow_trainer_by_the_bound_and_the_batches_in_flight
     tmp_path, tiny_model_path, ray_cluster
 ):
     import ray
+    import ray.cloudpickle
     from ray.data import ActorPoolStrategy
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
@@ -313,7 +314,8 @@ def test_the_teacher_leads_a_slow_trainer_by_the_bound_and_the_batches_in_flight
         taken += len(block) * FastTeacher.TOKENS
         if number < 3:
             time.sleep(2.0)  # time in which an unbounded teacher would be through with all prompts
-        leads.append(ray.get(counter.get.remote()) - taken)
+        made: Any = ray.get(counter.get.remote())
+        leads.append(made - taken)
     assert taken == 160 * FastTeacher.TOKENS
     assert bytes_per_token(64) * bound < 2**20, "below what Ray Data itself would allow"
     assert max(leads) <= bound + 2 * batch_tokens, f"{max(leads)} tokens ahead, bound {bound}"

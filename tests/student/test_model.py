@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
+from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.masking_utils import create_causal_mask
 
@@ -24,6 +25,12 @@ SMALL = {
     "head_dim": 16,
     "initializer_range": 0.2,
 }
+
+
+def embedding(student: Student) -> torch.Tensor:
+    weight = student.model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -96,10 +103,10 @@ def test_kept_layers_compute_what_they_computed_in_the_larger_model(folder):
 
 def test_tied_embeddings_stay_tied_and_are_saved_once(folder, tmp_path):
     student = load(folder, layers=(0, 2))
-    assert student.head_weight is student.model.get_input_embeddings().weight
+    assert student.head_weight is embedding(student)
     student.save(tmp_path)
     again = load(tmp_path)
-    assert again.head_weight is again.model.get_input_embeddings().weight
+    assert again.head_weight is embedding(again)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), again.parameters(), strict=True))
 
@@ -108,13 +115,15 @@ def test_an_untied_head_stays_its_own(tmp_path):
     Qwen3ForCausalLM(Qwen3Config(**SMALL, tie_word_embeddings=False)).save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
     student = load(tmp_path)
-    assert student.head_weight.data_ptr() != student.model.get_input_embeddings().weight.data_ptr()
+    assert student.head_weight.data_ptr() != embedding(student).data_ptr()
     student.save(tmp_path / "again")
     assert torch.equal(load(tmp_path / "again").head_weight, student.head_weight)
 
 
 def test_weights_are_float32_and_the_saved_config_names_the_original_type(tmp_path):
-    Qwen3ForCausalLM(Qwen3Config(**SMALL)).to(torch.bfloat16).save_pretrained(tmp_path)
+    model = Qwen3ForCausalLM(Qwen3Config(**SMALL))
+    nn.Module.to(model, torch.bfloat16)
+    model.save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
     student = load(tmp_path)
     assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -59,7 +60,7 @@ def test_recorded_text_is_scored_the_rest_is_written_and_other_columns_pass(teac
 
 def test_rows_that_have_their_answer_are_left_alone(teacher: Teacher):
     answered = answer_block(teacher, block_of(6), BusyClock())
-    nothing_asked = answer_block(_Refuses(), answered, BusyClock())
+    nothing_asked = answer_block(cast(Teacher, _Refuses()), answered, BusyClock())
     assert nothing_asked.drop_columns("teacher_seconds").equals(answered.drop_columns("teacher_seconds"))
     assert nothing_asked["teacher_seconds"].to_pylist() == [0.0] * 6
     known = pa.array([row % 3 == 0 for row in range(6)])
