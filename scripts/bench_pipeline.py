@@ -102,7 +102,8 @@ class Trainer:
         """From the stream. Times of steps after the warm-up, and of waiting for them."""
         torch.set_num_threads(1)
         asked = time.monotonic()
-        return self._run(shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2), seconds, asked)
+        tables = iter(shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
+        return self._run(tables, seconds, asked)
 
     def train_from_memory(self, shard: Any, seconds: float) -> dict[str, Any]:
         """The same steps on blocks that were all fetched before."""
