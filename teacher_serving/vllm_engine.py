@@ -253,6 +253,7 @@ class VllmEngine:
             return
         if self._keeps_arrays:
             state = self._engine.output_processor.request_states[internal]
+            # Stands in for vLLM's own processor without inheriting its lists; checked against it at start-up.
             state.logprobs_processor = _KeptArrays()  # type: ignore[assignment]
 
     def _give_up_late_requests(self) -> None:
