@@ -43,13 +43,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _split_models(argv: Sequence[str]) -> tuple[dict[str, Path], list[str]]:
-    """Take `--models name=folder …` out of the command line."""
+    """Take `--models name=folder …` out of the command line; the words' order is free, so overrides may follow."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--models", nargs="+", default=[])
+    parser.add_argument("--models", nargs="+", action="extend", default=[])
     args, rest = parser.parse_known_args(argv)
     models = {}
     for word in args.models:
         name, equals, folder = word.partition("=")
+        if "." in name and equals:  # a config override: names of models have no dot
+            rest.append(word)
+            continue
         if not (name and equals and folder):
             raise ConfigError(f"--models: found {word!r}, expected name=folder")
         if name == "student" or name in models:

@@ -9,7 +9,6 @@ end-of-turn token, tool results, user and system text it did not.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from functools import lru_cache
@@ -19,12 +18,16 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from raykd.data.conversation import Conversation, RowError, read_conversation
+from raykd.data.conversation import Conversation, RowError, json_text, read_conversation
 from raykd.data.extractors import token_mask
 from raykd.types import Prompt, Span
 
 Completions = Literal["teacher", "recorded"]
 Overlong = Literal["reject", "truncate_left"]
+
+
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError)
+"""What a chat template, code that comes with a model, may raise about a conversation that it was not written for."""
 
 
 class Rendered(NamedTuple):
@@ -63,6 +66,7 @@ def tokenize_row(
     lose their beginning: only whole assistant turns stay supervised, and what is lost is counted. Raises RowError.
     """
     conversation = read_conversation(row, completions)
+    messages_json, tools_json = json_text(conversation.messages, "messages"), json_text(conversation.tools, "tools")
     if completions == "teacher":
         text = _prompt_text(tokenizer, conversation)
         ids, _ = _tokenize(tokenizer, text)
@@ -92,8 +96,8 @@ def tokenize_row(
     prompt = Prompt(
         uid=uid,
         key=key,
-        messages_json=json.dumps(conversation.messages, ensure_ascii=False),
-        tools_json=json.dumps(conversation.tools, ensure_ascii=False),
+        messages_json=messages_json,
+        tools_json=tools_json,
         prompt_ids=prompt_ids,
         recorded_ids=recorded_ids,
         response_mask=response_mask,
@@ -172,7 +176,7 @@ def _apply(tokenizer: Any, messages: list, tools: list, *, add_generation_prompt
         return tokenizer.apply_chat_template(
             messages, tools=tools or None, add_generation_prompt=add_generation_prompt, tokenize=False
         )
-    except (TemplateError, TypeError, KeyError) as error:
+    except TEMPLATE_ERRORS as error:
         raise RowError(f"the chat template refuses the conversation: {error}") from error
 
 
@@ -190,7 +194,7 @@ def _apply_with_marks(tokenizer: Any, messages: list, tools: list) -> tuple[str,
             return_assistant_tokens_mask=True,
             **tokenizer.special_tokens_map,
         )
-    except (TemplateError, TypeError, KeyError) as error:
+    except TEMPLATE_ERRORS as error:
         raise RowError(f"the chat template refuses the conversation: {error}") from error
     return texts[0], [Span(int(start), int(end)) for start, end in spans[0]]
 

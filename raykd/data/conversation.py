@@ -68,7 +68,7 @@ def read_conversation(row: Mapping[str, Any], completions: str) -> Conversation:
             raise RowError("messages hold assistant turns only: nothing for the teacher to answer")
     else:
         if not any(message["role"] == "assistant" for message in messages) and row.get("gold_calls"):
-            messages.append({"role": "assistant", "content": "", "tool_calls": _read_calls(row["gold_calls"], "gold_calls")})
+            messages.append({"role": "assistant", "content": "", "tool_calls": read_calls(row["gold_calls"], "gold_calls")})
         while messages and messages[-1]["role"] != "assistant":
             messages.pop()
         if not messages:
@@ -77,7 +77,7 @@ def read_conversation(row: Mapping[str, Any], completions: str) -> Conversation:
 
 
 def _read_messages(value: Any) -> list[dict[str, Any]]:
-    value = _parsed(value, "messages")
+    value = from_json_text(value, "messages")
     if not isinstance(value, list) or not value:
         raise RowError(f"`messages` is {_kind(value)}, expected a non-empty list of messages")
     return [_read_message(message, f"messages[{index}]") for index, message in enumerate(value)]
@@ -96,7 +96,7 @@ def _read_message(message: Any, where: str) -> dict[str, Any]:
         raise RowError(f"{where}.content is missing" + (" and so is tool_calls" if message["role"] == "assistant" else ""))
     clean["content"] = _text(clean.get("content", ""), f"{where}.content")
     if calls:
-        clean["tool_calls"] = _read_calls(calls, f"{where}.tool_calls")
+        clean["tool_calls"] = read_calls(calls, f"{where}.tool_calls")
     return clean
 
 
@@ -113,9 +113,9 @@ def _text(value: Any, where: str) -> str:
     return value
 
 
-def _read_calls(value: Any, where: str) -> list[dict[str, Any]]:
+def read_calls(value: Any, where: str) -> list[dict[str, Any]]:
     """Calls in the OpenAI form, from that form or from bare {"name", "arguments"}."""
-    value = _parsed(value, where)
+    value = from_json_text(value, where)
     if not isinstance(value, list):
         raise RowError(f"{where} is {_kind(value)}, expected a list of calls")
     calls = []
@@ -144,7 +144,7 @@ def _object_or_text(text: str) -> Any:
 
 
 def _read_tools(value: Any) -> list[dict[str, Any]]:
-    value = _parsed(value if value is not None else [], "tools")
+    value = from_json_text(value if value is not None else [], "tools")
     if not isinstance(value, list):
         raise RowError(f"`tools` is {_kind(value)}, expected a list of tools")
     tools = []
@@ -152,7 +152,7 @@ def _read_tools(value: Any) -> list[dict[str, Any]]:
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
             raise RowError(f"tools[{index}] has no name, expected {{type: function, function: {{name, parameters}}}}")
-        problem = _schema_problem(json.dumps(function.get("parameters", {})))
+        problem = _schema_problem(json_text(function.get("parameters", {}), f"tools[{index}].parameters"))
         if problem:
             raise RowError(f"tools[{index}] ({function['name']}): parameters are no JSON Schema: {problem}")
         tools.append({"type": "function", "function": dict(function)})
@@ -168,17 +168,31 @@ def _schema_problem(schema_json: str) -> str | None:
         Draft202012Validator.check_schema(schema)
     except SchemaError as error:
         return f"{error.message} at {error.json_path}"
+    except RecursionError:
+        return "nested too deeply"
     return None
 
 
-def _parsed(value: Any, where: str) -> Any:
-    """The value of a column that holds JSON text, or the value itself."""
+def from_json_text(value: Any, where: str) -> Any:
+    """The value of a column that may hold JSON text: parsed, or the value itself where it is no string. Raises RowError."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
         raise RowError(f"{where} is a string but no JSON: {error}") from error
+
+
+def json_text(value: Any, where: str) -> str:
+    """The value as JSON text of valid Unicode. Raises RowError where it is no JSON (a date, say, out of a Parquet file)."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(f"{where} holds an unpaired surrogate, expected valid Unicode") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RowError(f"{where} cannot be written as JSON: {error}") from error
+    return text
 
 
 def _kind(value: Any) -> str:

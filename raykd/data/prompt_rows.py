@@ -156,20 +156,20 @@ def _prompt_row(raw: RawRow, file: str, held_out: bool, tokenizer: Any, rules: R
         raise RowError(f"`id` is a {type(own_id).__name__}; expected a string or an integer")
     key = f"{file}:{raw.line}" if own_id is None else str(own_id)
     try:
-        tokenized = tokenize_row(
-            tokenizer,
-            raw.value,
-            uid=0,
-            key=key,
-            completions=rules.completions,
-            max_tokens=rules.max_tokens,
-            overlong=rules.on_long_prompt,
-            held_out=held_out,
-        )
-        prompt = tokenized.prompt
-        (prompt.key + prompt.messages_json + prompt.tools_json).encode()
+        key.encode()
     except UnicodeEncodeError as error:
-        raise RowError(f"text with a lone surrogate (character {error.start}): not valid Unicode") from error
+        raise RowError(f"`id` holds an unpaired surrogate at character {error.start}, expected valid Unicode") from error
+    tokenized = tokenize_row(
+        tokenizer,
+        raw.value,
+        uid=0,
+        key=key,
+        completions=rules.completions,
+        max_tokens=rules.max_tokens,
+        overlong=rules.on_long_prompt,
+        held_out=held_out,
+    )
+    prompt = tokenized.prompt
     row = {name: getattr(prompt, name) for name in PROMPT_ROW_SCHEMA.names}
     recorded = [ids for ids in (prompt.recorded_ids, prompt.response_mask) if ids is not None]
     row["uid"] = _hash(file, key, prompt.prompt_ids, *recorded)

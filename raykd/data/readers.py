@@ -7,6 +7,7 @@ Out: shards (pieces of a file that one task reads) and the raw rows of a shard. 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,9 +55,15 @@ class RawRow(NamedTuple):
 def find_files(path: str | Path, option: str) -> list[SourceFile]:
     """The files behind a path, in the order of their names. `option` is the setting to name in an error.
 
-    Raises DataError where nothing is there, nothing of it is of a known format, or a file is empty.
+    Raises DataError where nothing is there or may be read, nothing of it is of a known format, or a file is empty.
     """
-    path = Path(path)
+    try:
+        return _find_files(Path(path), option)
+    except OSError as error:
+        raise DataError(f"{option}={path} cannot be read: {error}; correct the path or its permissions") from error
+
+
+def _find_files(path: Path, option: str) -> list[SourceFile]:
     if not path.exists():
         raise DataError(f"{option}={path}: nothing there; expected a JSONL or Parquet file, or a folder")
     if path.is_file():
@@ -64,11 +71,11 @@ def find_files(path: str | Path, option: str) -> list[SourceFile]:
     elif (path / "state.json").is_file():
         return _dataset_files(path, option)
     elif (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
+        splits = _listed(path / "dataset_dict.json", "splits", option)
         choices = ", ".join(str(path / split) for split in splits)
         raise DataError(f"{option}={path} is a Hugging Face dataset of several splits; expected one of {choices}")
     else:
-        files = sorted(p for p in path.rglob("*") if p.suffix in FORMATS and not p.name.startswith((".", "_")))
+        files = sorted(p for p in _files_below(path) if p.suffix in FORMATS and not p.name.startswith((".", "_")))
     if not files:
         raise DataError(f"{option}={path}: no {', '.join(FORMATS)} file in this folder, and no Hugging Face dataset")
     unknown = [p for p in files if p.suffix not in FORMATS]
@@ -79,17 +86,36 @@ def find_files(path: str | Path, option: str) -> list[SourceFile]:
     return _none_empty(found, option)
 
 
+def _files_below(folder: Path) -> Iterator[Path]:
+    """All files; a folder that may not be looked into is an error, where `rglob` would leave it out."""
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    for place, _, names in os.walk(folder, onerror=stop):
+        yield from (Path(place) / name for name in names)
+
+
+def _listed(file: Path, key: str, option: str) -> Any:
+    """A list in the JSON files by which a Hugging Face dataset describes itself."""
+    try:
+        return json.loads(file.read_text())[key]
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{option}: {file} has no {key!r} as a Hugging Face dataset has ({error}); save it again") from error
+
+
 def _dataset_files(folder: Path, option: str) -> list[SourceFile]:
-    names = [entry["filename"] for entry in json.loads((folder / "state.json").read_text())["_data_files"]]
+    names = [entry["filename"] for entry in _listed(folder / "state.json", "_data_files", option)]
     return _none_empty([SourceFile(folder / name, name, "arrow") for name in names], option)
 
 
 def _none_empty(files: list[SourceFile], option: str) -> list[SourceFile]:
     for file in files:
         if not file.path.is_file():
-            raise DataError(f"{option}: {file.path} is missing though its dataset lists it")
-        if file.path.stat().st_size == 0:
-            raise DataError(f"{option}: {file.path} is empty; expected at least one row")
+            raise DataError(f"{option}: {file.path} is not there though its dataset, or a link, names it")
+        with file.path.open("rb") as stream:
+            if not stream.read(1):
+                raise DataError(f"{option}: {file.path} is empty; expected at least one row")
     return files
 
 
@@ -149,6 +175,8 @@ def _parse_line(line: int, text: bytes) -> RawRow:
         return RawRow(line, {}, f"invalid UTF-8: byte 0x{error.object[error.start]:02x} at column {error.start + 1}")
     except json.JSONDecodeError as error:
         return RawRow(line, {}, f"malformed JSON: {error.msg} at column {error.colno}")
+    except ValueError as error:  # an integer of thousands of digits
+        return RawRow(line, {}, f"malformed JSON: {error}")
     except RecursionError:
         return RawRow(line, {}, "malformed JSON: nested too deeply")
     if not isinstance(value, dict):
@@ -200,10 +228,25 @@ def _typed_rows(batches: Iterator[pa.RecordBatch], first_line: int) -> Iterator[
     """Rows of typed columns. Structs carry the keys of all rows: those that are null were not there."""
     line = first_line
     for batch in batches:
-        for value in batch.to_pylist():
-            row = {key: _without_nulls(item) for key, item in value.items() if item is not None}
-            yield RawRow(line, row)
+        for value in _python_rows(batch):
+            if isinstance(value, str):
+                yield RawRow(line, {}, value)
+            else:
+                yield RawRow(line, {key: _without_nulls(item) for key, item in value.items() if item is not None})
             line += 1
+
+
+def _python_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | str]:
+    """Every row as Python values, or the reason why it is none: Arrow does not look whether its strings are UTF-8."""
+    try:
+        yield from batch.to_pylist()
+    except ValueError as error:
+        if batch.num_rows == 1:
+            word = "invalid UTF-8" if isinstance(error, UnicodeDecodeError) else "a value that Python cannot hold"
+            yield f"{word}: {error}"
+        else:
+            for row in range(batch.num_rows):
+                yield from _python_rows(batch.slice(row, 1))
 
 
 def _without_nulls(value: Any) -> Any:

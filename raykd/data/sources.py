@@ -105,6 +105,8 @@ def prepare_prompts(config: Config, run_folder: str | Path) -> PromptSet:
     shards += [(shard, "held_out") for file in held_out for shard in cut(file, SHARD_BYTES)]
     stems = [f"{kind}-{number:05d}" for number, (_, kind) in enumerate(shards)]
     work = [Work(shard, str(folder / stem), kind == "held_out") for stem, (shard, kind) in zip(stems, shards, strict=True)]
+    if not work:
+        raise DataError(f"data.prompts={config.data.prompts} has no row; expected at least one")
     prompt_set = _join(folder, stems, _run(work, rules), config)
     _write_json(folder / "prompt_set.json", {"fingerprint": fingerprint, "prompt_set": asdict(prompt_set)})
     return prompt_set

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from raykd.config import Config
 from raykd.data.chat import tokenize_row
-from raykd.data.conversation import RowError
+from raykd.data.conversation import RowError, from_json_text, read_calls
 from raykd.data.readers import SourceFile, cut, find_files, read_rows
 from raykd.evaluation.metrics import Gold
 from teacher_serving.types import TeacherInfo
@@ -122,40 +122,26 @@ def _judged(
         messages=json.loads(prompt.messages_json),
         tools=json.loads(prompt.tools_json),
         prompt_ids=prompt.prompt_ids,
-        gold=Gold(calls=_gold_calls(row), values=_gold_list(row, "gold_values")),
+        gold=Gold(calls=_gold_calls(row), values=_gold_values(row)),
     )
 
 
 def _gold_calls(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     """Calls as {"name", "arguments"}, from that form or the OpenAI form, arguments as an object or its JSON text."""
-    calls = _gold_list(row, "gold_calls")
-    if calls is None:
+    if row.get("gold_calls") is None:
         return None
-    parsed = []
+    calls = [call["function"] for call in read_calls(row["gold_calls"], "gold_calls")]
     for call in calls:
-        inner = call.get("function", call) if isinstance(call, Mapping) else {}
-        arguments = _from_json(inner.get("arguments", {}), "arguments of gold_calls")
-        if not isinstance(inner.get("name"), str) or not isinstance(arguments, Mapping):
-            raise RowError(f"gold_calls: found {call!r}, expected {{name, arguments}} with an object of arguments")
-        parsed.append({"name": inner["name"], "arguments": dict(arguments)})
-    return parsed
+        if not isinstance(call["arguments"], Mapping):
+            raise RowError(f"gold_calls: found arguments {call['arguments']!r}, expected an object or its JSON text")
+    return calls
 
 
-def _gold_list(row: Mapping[str, Any], name: str) -> list[Any] | None:
-    value = _from_json(row.get(name), name)
-    if value is not None and not isinstance(value, list):
-        raise RowError(f"{name} is {type(value).__name__}, expected a list")
-    return value
-
-
-def _from_json(value: Any, name: str) -> Any:
-    """The value of a column that may hold JSON text."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError as error:
-        raise RowError(f"{name} is a string but no JSON: {error}") from error
+def _gold_values(row: Mapping[str, Any]) -> list[Any] | None:
+    values = from_json_text(row.get("gold_values"), "gold_values")
+    if values is not None and not isinstance(values, list):
+        raise RowError(f"gold_values is {type(values).__name__}, expected a list")
+    return values
 
 
 def _check(prompts: list[JudgedPrompt], rejected: list[str], config: Config) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -178,6 +181,10 @@ def test_a_long_row_is_refused_or_loses_its_beginning_and_says_what(byte_tokeniz
 
 
 USER = message("user", "Hi")
+DATE = datetime.date(2026, 1, 1)  # as a typed column of a Parquet file holds it
+DEEP_SCHEMA: dict[str, Any] = {"type": "object"}
+for _ in range(200):
+    DEEP_SCHEMA = {"type": "object", "properties": {"a": DEEP_SCHEMA}}
 BAD_ROWS = [
     ({"text": "x"}, "neither `messages` nor `prompt`"),
     ({"messages": []}, "non-empty list"),
@@ -197,6 +204,8 @@ BAD_ROWS = [
     ({"messages": TALK, "tools": [{"name": "f", "parameters": {"type": "strnig"}}]}, "no JSON Schema"),
     ({"messages": TALK, "tools": [{"name": "f", "parameters": {"properties": {"x": {"type": 3}}}}]}, "no JSON Schema"),
     ({"messages": TALK, "tools": [{"name": "f", "parameters": "string"}]}, "no JSON Schema"),
+    ({"messages": TALK, "tools": [{"name": "f", "parameters": DEEP_SCHEMA}]}, "no JSON Schema: nested too deeply"),
+    ({"messages": TALK, "tools": [{"name": "f", "parameters": {"default": DATE}}]}, "cannot be written as JSON"),
 ]
 
 
@@ -205,6 +214,55 @@ def test_a_bad_row_is_refused_with_its_reason(row, reason):
     with pytest.raises(RowError, match=reason) as caught:
         read_conversation(row, "recorded")
     assert validate_row(row, "recorded") == str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": [message("user", "x", sent=DATE)]}, "messages cannot be written as JSON: Object of type date"),
+        ({"messages": [USER], "tools": [{"name": "f", "description": "\ud800"}]}, "tools holds an unpaired surrogate"),
+        (
+            {"messages": [*TALK[:2], message("assistant", tool_calls=[{"name": "\ud800"}]), USER]},
+            "messages holds an unpaired",
+        ),
+    ],
+)
+def test_what_a_tokenizer_cannot_take_is_refused_before_it_gets_it(byte_tokenizer, row, reason):
+    with pytest.raises(RowError, match=reason):
+        tokenize(byte_tokenizer(CHATML), row, "teacher")
+
+
+TEXT = st.text(max_size=3) | st.sampled_from(["\ud800", "[", "{}", "null", "9" * 5000])
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXT | st.just(DATE) | st.binary(max_size=2),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def almost(**fields: st.SearchStrategy) -> st.SearchStrategy:
+    """Objects with these fields, of which any may be missing or hold anything."""
+    return st.fixed_dictionaries({}, optional={name: value | VALUES for name, value in fields.items()})
+
+
+FUNCTIONS = almost(name=TEXT, arguments=VALUES, parameters=VALUES, description=TEXT)
+CALLS = st.lists(FUNCTIONS | almost(function=FUNCTIONS, id=TEXT), max_size=2)
+ROLES = st.sampled_from(["system", "user", "assistant", "tool", "robot"])
+MESSAGES = st.lists(almost(role=ROLES, content=TEXT, tool_calls=CALLS), max_size=3)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    row=almost(messages=MESSAGES, tools=CALLS, prompt=TEXT, completion=TEXT, gold_calls=CALLS),
+    completions=st.sampled_from(["teacher", "recorded"]),
+)
+def test_whatever_a_row_holds_it_becomes_a_prompt_or_has_a_reason(demo_tokenizer, row, completions):
+    try:
+        prompt = tokenize(demo_tokenizer, row, completions).prompt
+    except RowError:
+        return
+    assert len(prompt.prompt_ids)
+    assert isinstance(json.loads(prompt.messages_json), list)
 
 
 def test_good_rows_come_in_several_forms():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +88,55 @@ def test_a_path_without_rows_is_refused(tmp_path, make, message):
         find_files(path, "data.prompts")
 
 
+@pytest.fixture
+def without_rights() -> Iterator[Path]:
+    """A folder for all, in the eyes of a user who is not root."""
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+        os.seteuid(user)
+
+
+def lose_rights() -> None:
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "deep/a.jsonl"])
+def test_what_may_not_be_read_is_named_and_not_left_out(without_rights, name):
+    write_lines(without_rights / "ok.jsonl", [conversation("x")])
+    locked = write_lines(without_rights / name, [conversation("x")])
+    (locked if "/" not in name else locked.parent).chmod(0)
+    lose_rights()
+    for path in (without_rights, locked):
+        with pytest.raises(DataError, match=rf"data\.prompts=.*cannot be read: .*Permission denied.*{locked.parent.name}"):
+            find_files(path, "data.prompts")
+
+
+def test_a_link_to_nowhere_and_a_dataset_without_its_description_are_named(tmp_path):
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
+    with pytest.raises(DataError, match=r"a\.jsonl is not there though"):
+        find_files(tmp_path, "data.prompts")
+    for name, content in (("state.json", "{"), ("state.json", "[]"), ("dataset_dict.json", "{}")):
+        folder = tmp_path / (name + content)
+        folder.mkdir()
+        (folder / name).write_text(content)
+        with pytest.raises(DataError, match=f"{name} has no .* as a Hugging Face dataset has"):
+            find_files(folder, "data.prompts")
+
+
+def test_a_parquet_row_with_invalid_utf8_is_rejected_alone(tmp_path):
+    """Arrow does not look: whoever wrote bytes into a column of strings gets them back as they are."""
+    offsets = pa.array([0, 1, 2, 3], pa.int32()).buffers()[1]
+    texts = pa.StringArray.from_buffers(3, offsets, pa.py_buffer(b"a\xffb"))
+    pq.write_table(pa.table({"prompt": texts}), tmp_path / "a.parquet")
+    rows = all_rows(tmp_path / "a.parquet")
+    assert [(line, row) for line, row, _ in rows] == [(1, {"prompt": "a"}), (2, {}), (3, {"prompt": "b"})]
+    assert rows[1][2].startswith("invalid UTF-8")
+    assert rows[0][2] is rows[2][2] is None
+
+
 def test_an_unknown_format_and_a_broken_parquet_file_are_refused(tmp_path):
     (tmp_path / "a.csv").write_text("x")
     with pytest.raises(DataError, match=r"unknown format '\.csv'"):
@@ -108,6 +160,9 @@ TURN = {"role": "assistant", "content": "fine"}
         (b"[1]", "teacher", "expected an object"),
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "teacher", "surrogate"),
         (b"[" * 100_000, "teacher", "nested too deeply"),
+        (b'{"id": ' + b"1" * 5000 + b"}", "teacher", "malformed JSON: Exceeds the limit"),
+        (conversation("hi", id="\ud800"), "teacher", "`id` holds an unpaired surrogate"),
+        (conversation("hi", tools=[{"name": "f", "description": "\ud800"}]), "teacher", "tools holds an unpaired surrogate"),
         ({"text": "hi"}, "teacher", "messages"),
         ({"messages": 3}, "teacher", "`messages` is"),
         ({"messages": [{"role": "user", "content": "a"}], "id": [1]}, "teacher", "`id` is a list"),
@@ -161,6 +216,13 @@ def test_part_files_hold_the_rows_the_result_speaks_of(tmp_path, tiny_model_path
 
 
 # --- the whole ---
+
+
+def test_a_parquet_file_without_rows_is_refused(tmp_path, tiny_model_path):
+    pq.ParquetWriter(tmp_path / "train.parquet", pa.schema([("prompt", pa.string())])).close()
+    config = config_for(tmp_path, tiny_model_path, prompts=str(tmp_path / "train.parquet"))
+    with pytest.raises(DataError, match=r"train\.parquet has no row; expected at least one"):
+        prepare_prompts(config, tmp_path / "run")
 
 
 def config_for(tmp_path: Path, model: Path, **data: Any) -> Config:
@@ -223,8 +285,11 @@ def test_too_many_bad_rows_no_prompt_left_or_no_room_for_one_stop_the_run(tmp_pa
     with pytest.raises(DataError, match=r"1 of 10 rows are unusable.*max_rejected_fraction=0.05"):
         prepare_prompts(config_for(tmp_path, tiny_model_path, max_rejected_fraction=0.05), tmp_path / "run")
     assert (tmp_path / "run" / "rejected.jsonl").read_text().count("\n") == 1
+    write_lines(tmp_path / "train.jsonl", [b"", b" "])
+    with pytest.raises(DataError, match="no prompt to train on: 0 rows"):
+        prepare_prompts(config_for(tmp_path, tiny_model_path), tmp_path / "run")
     write_lines(tmp_path / "train.jsonl", [conversation("q")])
-    with pytest.raises(DataError, match="no prompt to train on"):
+    with pytest.raises(DataError, match="no prompt to train on: 2 rows"):
         prepare_prompts(config_for(tmp_path, tiny_model_path, held_out=str(tmp_path / "train.jsonl")), tmp_path / "run")
     config = config_for(tmp_path, tiny_model_path)
     greedy = config.teacher.model_copy(update={"sampling": config.teacher.sampling.model_copy(update={"max_tokens": 200})})
