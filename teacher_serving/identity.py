@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,6 +133,12 @@ def vocabulary_fingerprint(folder: str | Path) -> str:
     tokens = sorted((index, token) for token, index in tokenizer.get_vocab(with_added_tokens=True).items())
     special = sorted(index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special)
     return _digest(_canonical(tokens), _canonical(special))
+
+
+@lru_cache(maxsize=8)
+def vocabulary_size(tokenizer: Any) -> int:
+    """Ids that a Hugging Face tokenizer knows: one more than its largest. A model's head may have more rows: padding."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def tokenizer_fingerprint(folder: Path) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from raykd.data.detokenize import decode_tokens
 from raykd.data.integration import ResultIndex
 from raykd.data.process_targets import mark_turn
 from raykd.types import EXAMPLE_SCHEMA, Example, Mark, Source
+from teacher_serving.identity import vocabulary_size
 
 REJECTED_SCHEMA = pa.schema([("uid", pa.int64()), ("reason", pa.string())])
 
@@ -41,14 +42,15 @@ def build_examples(teacher_rows: pa.Table, tokenizer: Any) -> BuiltExamples:
     `top_k` may be 0 (no scores).
     """
     columns = {name: teacher_rows[name].combine_chunks() for name in teacher_rows.column_names}
+    num_ids = vocabulary_size(tokenizer)
     examples, rejected = [], []
     for index in range(teacher_rows.num_rows):
         row = _read_row(columns, index)
-        reason = _unusable(row)
+        reason = _unusable(row, num_ids)
         if reason:
             rejected.append({"uid": row.uid, "reason": reason})
         else:
-            examples.append(_build(row, tokenizer))
+            examples.append(_build(_without_padding_ids(row, num_ids), tokenizer))
     return BuiltExamples(examples_to_table(examples), pa.Table.from_pylist(rejected, schema=REJECTED_SCHEMA))
 
 
@@ -98,13 +100,15 @@ def _read_row(columns: dict[str, pa.Array], index: int) -> _Row:
     )
 
 
-def _unusable(row: _Row) -> str | None:
-    """Why a row gives no example, or None."""
+def _unusable(row: _Row, num_ids: int) -> str | None:
+    """Why a row gives no example, or None. `num_ids`: those that the tokenizer knows."""
     length = len(row.output_ids)
     if row.finish_reason.startswith("error"):
         return f"the teacher answered with {row.finish_reason}"
     if length == 0:
         return f"the teacher's output is empty (finish_reason {row.finish_reason!r})"
+    if (largest := row.output_ids.max()) >= num_ids:
+        return f"the teacher's output holds id {largest}, which is padding of its head: the tokenizer has {num_ids} ids"
     if len(row.prompt_ids) == 0:
         return "the prompt has no tokens, so nothing predicts the first response token"
     if row.response_mask is not None and len(row.response_mask) != length:
@@ -117,6 +121,22 @@ def _unusable(row: _Row) -> str | None:
     if row.top_k and len(row.log_tail) != length:
         return f"log_tail has {len(row.log_tail)} entries, expected {length}"
     return None
+
+
+def _without_padding_ids(row: _Row, num_ids: int) -> _Row:
+    """The row with the teacher's mass on padding rows of its head in the tail: a student has none there, or no such row."""
+    padding = row.topk_ids >= num_ids
+    if not padding.any():
+        return row
+    with np.errstate(divide="ignore"):
+        mass = np.where(padding, np.exp(row.topk_logprobs.astype(np.float64)), 0.0).reshape(-1, row.top_k).sum(axis=1)
+        log_tail = np.logaddexp(row.log_tail.astype(np.float64), np.log(mass)).astype(np.float32)
+    return replace(
+        row,
+        topk_ids=np.where(padding, 0, row.topk_ids),
+        topk_logprobs=np.where(padding, np.float16(-np.inf), row.topk_logprobs),  # -inf: not among the K
+        log_tail=log_tail,
+    )
 
 
 def _build(row: _Row, tokenizer: Any) -> Example:

@@ -69,6 +69,7 @@ def score_examples(student: Student, prompts: pa.Table, teacher_rows: pa.Table) 
             config,
             loss_counts(batch, config),
             head_bias=student.head_bias,
+            num_valid_ids=student.num_valid_ids,
         )
         values = torch.stack([torch.stack([report.metrics[n].sum, report.metrics[n].count]) for n in NAMES]).tolist()
         scores.append({name: (total, count) for name, (total, count) in zip(NAMES.values(), values, strict=True) if count})

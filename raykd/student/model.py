@@ -21,6 +21,7 @@ from transformers import (
 
 from raykd.config import StudentConfig
 from raykd.types import StudentOutput
+from teacher_serving.identity import vocabulary_size
 
 
 class Student(nn.Module):
@@ -50,6 +51,11 @@ class Student(nn.Module):
     def head_bias(self) -> torch.Tensor | None:
         """Bias of the LM head [V], if it has one."""
         return _head(self.model).bias
+
+    @property
+    def num_valid_ids(self) -> int:
+        """Ids that the tokenizer knows; rows of the head beyond them are padding and no token."""
+        return min(vocabulary_size(self.tokenizer), self.head_weight.shape[0])
 
     def save(self, folder: Path) -> None:
         """Write a plain Hugging Face folder: safetensors, config, generation config, tokenizer.

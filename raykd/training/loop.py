@@ -111,7 +111,15 @@ def _forward(trainer: Trainer, model: nn.Module, batch: Batch, counts: Mapping[s
     student = trainer.student
     with trainer.autocast():
         output = model(batch.input_ids)
-        return combine(batch, output, student.head_weight, trainer.config.loss, counts, head_bias=student.head_bias)
+        return combine(
+            batch,
+            output,
+            student.head_weight,
+            trainer.config.loss,
+            counts,
+            head_bias=student.head_bias,
+            num_valid_ids=student.num_valid_ids,
+        )
 
 
 def _skip(trainer: Trainer, batches: list[Batch], grad_norm: Tensor) -> None:

@@ -275,3 +275,25 @@ def test_every_call_of_real_conversations_is_found_and_decodes_to_itself(name, d
                     assert json.dumps(value, ensure_ascii=False)[1:-1] in values
     assert num_calls > 0
     assert num_found == num_calls
+
+
+def test_the_teachers_mass_on_padding_of_its_head_goes_to_the_tail():
+    """A head may have more rows than there are tokens, and the student's fewer than the teacher's."""
+    tokenizer = tokenizer_of("byte level")
+    size = len(tokenizer)
+    rows = table([([5, 6], [], None), ([7], [], None), ([size], [], None)], k=2)
+    ids = pa.array([[3, size + 9, 4, 5], [8, 9], [1, 2]], pa.list_(pa.int32()))
+    rows = rows.set_column(rows.column_names.index("topk_ids"), "topk_ids", ids)
+    examples, rejected = build_examples(rows, tokenizer)
+    first, second = (example_from_row(examples, index) for index in range(2))
+    assert first.topk_ids.max() < size
+    assert first.topk_logprobs.tolist() == [[-1, -np.inf], [-1, -1]]
+    assert first.log_tail.tolist() == pytest.approx([np.log(np.exp(0) + np.exp(-1)), 1])
+    assert first.topk_ids.tolist()[1] == [4, 5]
+    assert (second.topk_ids.tolist(), second.log_tail.tolist()) == ([[8, 9]], [0])
+    assert rejected.to_pylist() == [
+        {
+            "uid": 2,
+            "reason": f"the teacher's output holds id {size}, which is padding of its head: the tokenizer has {size} ids",
+        }
+    ]

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from raykd.training.checkpoint import STUDENT, latest_checkpoint, list_checkpoints, read_ledger
 from raykd.training.feed import Feed
@@ -86,6 +87,25 @@ def test_the_loss_of_a_step_is_divided_by_its_own_tokens_once(student_path, tmp_
     metrics = logged[0][1]
     assert metrics["loss/total"] == pytest.approx(2.0 * metrics[f"loss/{loss}"], rel=1e-5)
     assert metrics[f"share/{loss}"] == pytest.approx(1.0)
+
+
+def test_padding_rows_of_the_head_are_no_tokens(student_path, tmp_path):
+    """A student with more rows than its tokenizer has tokens, and much mass on them, learns as if they were not there."""
+    padded = tmp_path / "padded"
+    shutil.copytree(student_path, padded)
+    model = AutoModelForCausalLM.from_pretrained(student_path)
+    model.resize_token_embeddings(VOCAB + 16, mean_resizing=False)
+    model.get_output_embeddings().weight.data[VOCAB:] = 5.0
+    model.save_pretrained(padded)
+    train = {"weight_decay": 0.0}
+    plain, expected = run(make_config(student_path, train=train), tmp_path / "plain", [make_rows(16)])
+    trainer, logged = run(make_config(padded, train=train), tmp_path / "run", [make_rows(16)])
+    assert trainer.student.head_weight.shape[0] == VOCAB + 16
+    assert losses(logged) == pytest.approx(losses(expected), rel=1e-4)
+    assert (trainer.student.head_weight[VOCAB:] == 5.0).all(), "no gradient reaches padding"
+    learnt = weights(trainer)
+    learnt = {name: value[: len(weights(plain)[name])] for name, value in learnt.items()}
+    assert largest_difference(learnt, weights(plain)) < 1e-3
 
 
 def dropout_student(student_path: Path, folder: Path) -> Path:
