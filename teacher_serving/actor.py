@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -32,15 +32,22 @@ from teacher_serving.types import TEACHER_OUTPUT_SCHEMA, Teacher, TeacherDeadErr
 TIME_SCHEMA = pa.schema([("teacher_seconds", pa.float32()), ("teacher_wait_seconds", pa.float32())])
 
 
-def teacher_stage(dataset: Dataset, config: VllmTeacherConfig | HfTeacherConfig) -> Dataset:
+def teacher_environment() -> dict[str, str]:
+    """What this process's environment says to teachers, whose processes have another: vLLM's settings, planned faults."""
+    return {name: value for name, value in os.environ.items() if name.startswith("VLLM_") or name == FAULT_VARIABLE}
+
+
+def teacher_stage(
+    dataset: Dataset, config: VllmTeacherConfig | HfTeacherConfig, environment: Mapping[str, str] | None = None
+) -> Dataset:
     """The dataset with every row answered by a pool of teacher actors.
 
-    A block is what one call answers, and what flows on when it is done: give blocks of `batch_size` rows.
+    A block is what one call answers, and what flows on when it is done: give blocks of `batch_size` rows. `environment`:
+    the `teacher_environment` of the user's process; None: of this one.
     """
     config = resolve_device(config, has_gpu=ray.cluster_resources().get("GPU", 0) > 0)
-    environment = cpu_environment(config) if config.device == "cpu" else {}
-    if FAULT_VARIABLE in os.environ:
-        environment[FAULT_VARIABLE] = os.environ[FAULT_VARIABLE]
+    variables = cpu_environment(config) if config.device == "cpu" else {}
+    variables |= teacher_environment() if environment is None else environment
     may_grow = (config.max_replicas or config.num_replicas) > config.num_replicas
     return dataset.map_batches(
         TeacherActor,
@@ -57,7 +64,7 @@ def teacher_stage(dataset: Dataset, config: VllmTeacherConfig | HfTeacherConfig)
         ),
         num_cpus=config.num_cpus,
         num_gpus=config.gpus_per_actor,
-        runtime_env={"env_vars": environment},
+        runtime_env={"env_vars": variables},
     )
 
 

@@ -129,6 +129,26 @@ def test_a_run_goes_on_when_a_worker_dies(config_file, undisturbed, monkeypatch,
     assert_same_run(folder_of(config_file, "worker_died"), undisturbed)
 
 
+@pytest.mark.ray
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_run_goes_on_when_the_process_of_its_teachers_engine_is_killed(config_file, undisturbed, monkeypatch, tmp_path):
+    """The engine is in a process of its own, which dies in mid-stream: its actor ends, a new one answers the same block."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("RAYKD_FAULT", f"teacher:engine_kill@batch=2;once={tmp_path / 'struck'}")
+    engine = [
+        "teacher.kind=vllm",
+        "teacher.max_num_seqs=8",
+        "teacher.concurrent_batches=1",
+        f"teacher.kv_cache_memory_bytes={32 << 20}",
+    ]
+    assert main(["--config", str(config_file), "run.name=engine_died", *engine]) == 0
+    assert (tmp_path / "struck").exists()
+    run = folder_of(config_file, "engine_died")
+    assert_same_run(run, undisturbed)
+    assert not (run / "rejected.jsonl").read_text()
+
+
 def start_driver(config_file: Path, *words: str, fault: str) -> subprocess.Popen[bytes]:
     root = Path(__file__).parents[1]
     environment = os.environ | {

@@ -11,7 +11,7 @@ and with all of them there the plan has no teacher. The teacher's lead over the 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -56,12 +56,19 @@ DESCRIPTOR_SCHEMA = pa.schema(
 """What passes through the driver: about 100 bytes a prompt, whatever the prompt's length."""
 
 
-def build_dataset(config: Config, prompt_set: PromptSet, epoch: int, consumed_uids: np.ndarray) -> Dataset:
+def build_dataset(
+    config: Config,
+    prompt_set: PromptSet,
+    epoch: int,
+    consumed_uids: np.ndarray,
+    environment: Mapping[str, str] | None = None,
+) -> Dataset:
     """The examples of an epoch that are still to be trained, held-out ones first. Lazy: nothing runs before it is read.
 
-    `consumed_uids`: int64, uids of this run's ledger (of any epoch, in any order).
+    `consumed_uids`: int64, uids of this run's ledger (of any epoch, in any order). `environment`: see `teacher_stage`.
     """
-    return example_stream(config, prompt_set, epoch, consumed_uids, partial(teacher_stage, config=config.teacher))
+    teacher = partial(teacher_stage, config=config.teacher, environment=environment)
+    return example_stream(config, prompt_set, epoch, consumed_uids, teacher)
 
 
 def example_stream(config: Config, prompt_set: PromptSet, epoch: int, consumed_uids: np.ndarray, teacher: Stage) -> Dataset:

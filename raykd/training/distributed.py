@@ -38,6 +38,7 @@ from raykd.training.feed import Feed
 from raykd.training.loop import Log, fit
 from raykd.training.ranks import Ranks
 from raykd.training.trainer import make_trainer
+from teacher_serving.actor import teacher_environment
 from teacher_serving.faults import VARIABLE as FAULT_VARIABLE
 from teacher_serving.faults import planned_fault
 from teacher_serving.types import TeacherInfo
@@ -107,10 +108,13 @@ def train_epoch(
     train = config.train
     resources = {"CPU": train.cpus_per_worker} | ({"GPU": 1} if train.use_gpu else {})
     environment = quiet_ray() | {name: os.environ[name] for name in (FAULT_VARIABLE,) if name in os.environ}
+    teachers = teacher_environment()  # read here: the dataset is made in a process of Ray Train's
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"settings": EpochSettings(config, run_folder, epoch, num_steps, teacher)},
-        datasets={"train": lambda: build_dataset(config, prompts, epoch, read_ledger(latest_checkpoint(run_folder)))},
+        datasets={
+            "train": lambda: build_dataset(config, prompts, epoch, read_ledger(latest_checkpoint(run_folder)), teachers)
+        },
         dataset_config=Unequal(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=train.num_workers, use_gpu=train.use_gpu, resources_per_worker=resources
@@ -128,12 +132,17 @@ def train_epoch(
         result = _off_the_main_thread(trainer.fit)
     except ray.train.TrainingFailedError:
         if mistake.exists():
-            raise TrainingError(mistake.read_text(encoding="utf-8")) from None
+            raise _as_error(mistake) from None
         raise
     if mistake.exists():
-        raise TrainingError(mistake.read_text(encoding="utf-8"))
+        raise _as_error(mistake)
     assert result.return_value is not None, "the rank-0 worker returns how the epoch ended"
     return EpochResult(**result.return_value)
+
+
+def _as_error(mistake: Path) -> TrainingError:
+    no_room = f"{mistake.parent}: not even a message could be written: make room on the disk and go on with --resume"
+    return TrainingError(mistake.read_text(encoding="utf-8") or no_room)
 
 
 def _off_the_main_thread(function: Callable[[], T]) -> T:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from raykd.data.stream import (
     plan_epoch,
     teacher_cache,
 )
+from raykd.training.distributed import users_mistake
 from raykd.types import EXAMPLE_SCHEMA
 from teacher_serving.types import TEACHER_OUTPUT_SCHEMA
 
@@ -232,6 +234,31 @@ def test_a_killed_teacher_loses_and_repeats_nothing_and_later_epochs_have_no_tea
         rows.drop_columns(["teacher_seconds", "teacher_wait_seconds"])
     ), "from the cache as from the teacher"
     assert set(again["teacher_seconds"].to_pylist()) == {0.0}
+
+
+@pytest.mark.ray
+def test_a_teacher_that_gives_nothing_for_too_many_prompts_ends_the_stream_as_the_users_mistake(
+    tmp_path, tiny_model_path, ray_cluster
+):
+    import ray.cloudpickle
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
+    write_lines(tmp_path / "train.jsonl", [conversation(f"q{i}", id=f"r{i}") for i in range(8)])
+    config = config_for(tmp_path, tiny_model_path, max_rejected_fraction=0.2, fixed_order=True)
+    prompt_set = prepare_prompts(config, tmp_path / "run")
+    fingerprint = teacher_cache(config, prompt_set).fingerprint
+
+    def half(dataset):
+        answered = partial(answer_rows, failing=(0, 1), fingerprint=fingerprint)
+        return dataset.map_batches(answered, batch_size=4, batch_format="pyarrow")
+
+    (shard,) = example_stream(config, prompt_set, 0, NOTHING, half).streaming_split(1, equal=False)  # as in training
+    with pytest.raises(Exception, match="are unusable") as error:
+        list(shard.iter_batches(batch_size=None, batch_format="pyarrow"))
+    mistake = users_mistake(error.value)
+    assert isinstance(mistake, DataError)
+    assert str(mistake).startswith("2 of 8 rows are unusable, more than data.max_rejected_fraction=0.2 allows; the last: ")
+    assert "error: nothing" in (tmp_path / "run" / "rejected.jsonl").read_text()
 
 
 class FastTeacher:
