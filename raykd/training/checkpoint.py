@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -56,8 +57,8 @@ class Snapshot:
 def save_checkpoint(run_folder: Path, snapshot: Snapshot, keep: int) -> Path:
     """Publish `checkpoint-<step>` and drop all but the newest `keep`; returns its folder.
 
-    A checkpoint of this step that is already there is left as it is. When writing fails (a full disk), the error is raised
-    and the earlier checkpoints are untouched.
+    A checkpoint of this step that is already there is left as it is. Errors: CheckpointError when writing fails (a full
+    disk); the earlier checkpoints are untouched.
     """
     parent = run_folder / "checkpoints"
     parent.mkdir(parents=True, exist_ok=True)
@@ -70,9 +71,15 @@ def save_checkpoint(run_folder: Path, snapshot: Snapshot, keep: int) -> Path:
     try:
         _write(temporary, snapshot)
         os.rename(temporary, final)
-    except BaseException:
+    except (OSError, SafetensorError) as error:
+        kept = latest_checkpoint(run_folder)
+        raise CheckpointError(
+            f"{final} cannot be written: {error}; {shutil.disk_usage(parent).free / 2**20:.0f} MiB are free there. "
+            + (f"{kept} is as it was" if kept else "There is no earlier one")
+            + ": make room and go on with --resume"
+        ) from error
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
     _flush(parent)
     for old in list_checkpoints(run_folder)[:-keep]:
         doomed = parent / f".removing-{old.name}"

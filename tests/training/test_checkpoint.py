@@ -133,7 +133,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_as_it_was(trained):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
-        with pytest.raises(Exception, match="too large"):
+        with pytest.raises(CheckpointError, match=r"checkpoint-5 cannot be written: .*too large.*checkpoint-4 is as it was"):
             trained.save()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
