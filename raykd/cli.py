@@ -104,14 +104,27 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ConfigError(f"--config: found no file {str(file)!r}; overrides have the form key=value")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not YAML: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"--config: {file} cannot be read: {error}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: found a {type(content).__name__} at the top, expected sections such as `train:`")
     return content
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Safe YAML that refuses a key twice in one mapping; YAML itself silently forgets the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise yaml.MarkedYAMLError("found twice in one section", node.start_mark, f"{twice[0]!r}: write it once")
+        return super().construct_mapping(node, deep)
 
 
 def _merge(target: dict[str, Any], source: Mapping[str, Any], origins: dict[str, str], origin: str, path: str = "") -> None:

@@ -19,6 +19,7 @@ from functools import partial
 
 import numpy as np
 import pyarrow as pa
+import ray
 from ray.data import ActorPoolStrategy, Dataset
 from ray.exceptions import RayTaskError
 
@@ -38,6 +39,7 @@ from raykd.data.stream import (
     teacher_cache,
 )
 from raykd.tracing import quiet_ray
+from raykd.training.preflight import check_resources
 from teacher_serving.actor import teacher_stage
 
 logger = logging.getLogger(__name__)
@@ -133,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = open_run(config, resume=(run_folder(config) / "config.yaml").exists())
     quiet_ray()
     start_ray(config)
+    check_resources(config, ray.cluster_resources(), with_workers=False)
     prompt_set = prepare_prompts(config, folder)
     start = time.monotonic()
     collected = collect(config, prompt_set)

@@ -85,6 +85,14 @@ def test_a_missing_option_and_a_missing_file_are_named(tmp_path: Path, minimal: 
         load_config(["nowhere.yaml"])
 
 
+def test_a_section_written_twice_is_refused(tmp_path: Path, minimal: str):
+    """YAML would take the last and forget the first."""
+    file = tmp_path / "twice.yaml"
+    file.write_text("train:\n  epochs: 2\ndata: &d\n  shuffle: true\ntrain:\n  use_gpu: false\n")
+    with pytest.raises(ConfigError, match=r"(?s)twice\.yaml: not YAML: .*found twice.*'train'"):
+        load_config([minimal, file])
+
+
 def test_relative_paths_that_exist_become_absolute(tmp_path: Path, minimal: str, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "prompts.jsonl").touch()
     monkeypatch.chdir(tmp_path)

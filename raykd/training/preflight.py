@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,9 +19,10 @@ from rich.table import Table
 from transformers import AutoTokenizer, PretrainedConfig
 
 from raykd.config import Config
+from raykd.data.readers import find_files
 from raykd.student.model import count_parameters, student_config
 from teacher_serving.connect import resolve_device
-from teacher_serving.identity import describe, vocabulary_fingerprint
+from teacher_serving.identity import describe, vocabulary_fingerprint, vocabulary_size
 from teacher_serving.types import TeacherInfo
 
 BYTES_PER_CHECKPOINT_PARAMETER = 12  # float32 weights and two Adam moments
@@ -56,11 +57,11 @@ class Resources:
 
 
 def check(config: Config) -> Plan:
-    """Check the config against the files it names; load nothing. Errors: PreflightError, ValueError of `describe`."""
+    """Check the config against the files it names; load nothing. Errors: PreflightError, DataError, those of `describe`."""
     for key in ("prompts", "held_out"):
         path = getattr(config.data, key)
-        if path is not None and not Path(path).exists():
-            raise PreflightError(f"data.{key}: found no file or folder {path!r}")
+        if path is not None:
+            find_files(path, f"data.{key}")
     teacher = describe(config.teacher)
     architecture = student_config(config.student)
     _check_vocabulary(config, teacher, architecture.vocab_size)
@@ -98,7 +99,7 @@ def _check_vocabulary(config: Config, teacher: TeacherInfo, student_vocab_size: 
             f"{teacher.vocabulary_fingerprint} and {found}): token ids would mean different text. Use a student of the "
             "teacher's family, or set student.tokenizer to the teacher's folder if the student starts from random weights"
         )
-    num_tokens = len_vocabulary(folder)
+    num_tokens = vocabulary_size(AutoTokenizer.from_pretrained(folder))
     if student_vocab_size < num_tokens:
         raise PreflightError(
             f"the student's LM head has {student_vocab_size} rows, its tokenizer {num_tokens} tokens: there must be as "
@@ -108,11 +109,6 @@ def _check_vocabulary(config: Config, teacher: TeacherInfo, student_vocab_size: 
         raise PreflightError(
             f"teacher.top_k={config.teacher.top_k} is more than the vocabulary's {num_tokens} tokens: choose a smaller top_k"
         )
-
-
-def len_vocabulary(folder: str) -> int:
-    """Tokens of the tokenizer in `folder`, added ones included."""
-    return len(AutoTokenizer.from_pretrained(folder))
 
 
 def _check_disk(config: Config, plan: Plan) -> None:
@@ -145,9 +141,10 @@ def reserved(config: Config, *, has_gpu: bool) -> dict[str, Resources]:
     }
 
 
-def check_resources(config: Config, cluster: Mapping[str, float]) -> None:
-    """Compare what the run reserves with what the cluster has. Errors: PreflightError."""
+def check_resources(config: Config, cluster: Mapping[str, float], *, with_workers: bool = True) -> None:
+    """Compare what is reserved, with train workers or without, with what the cluster has. Errors: PreflightError."""
     for name, needed in reserved(config, has_gpu=cluster.get("GPU", 0) > 0).items():
+        needed = needed if with_workers else replace(needed, workers=0)
         available = cluster.get(name, 0.0)
         if needed.together > available:
             raise PreflightError(

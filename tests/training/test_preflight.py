@@ -72,12 +72,35 @@ def test_a_student_with_a_shorter_context_than_the_teacher_is_refused(
 
 
 def test_missing_prompts_and_models_are_named(base: list[str]):
-    with pytest.raises(ValueError, match="data.prompts: found no file or folder '/nowhere'"):
+    with pytest.raises(ValueError, match="data.prompts=/nowhere: nothing there"):
         check(configured(base, "data.prompts=/nowhere"))
+    with pytest.raises(ValueError, match="data.held_out=/nowhere: nothing there"):
+        check(configured(base, "data.held_out=/nowhere"))
     with pytest.raises(ValueError, match="/nowhere"):
         check(configured(base, "teacher.model=/nowhere"))
     with pytest.raises(ValueError, match="student.model"):
         check(configured(base, "student.model=/nowhere", "student.tokenizer=/nowhere"))
+
+
+def test_an_empty_prompt_file_is_refused_before_anything_starts(base: list[str], tmp_path: Path):
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match=r"data\.prompts: .*empty\.jsonl is empty"):
+        check(configured(base, f"data.prompts={tmp_path / 'empty.jsonl'}"))
+
+
+def test_a_k_larger_than_the_vocabulary_is_refused_though_the_head_has_padding_rows(
+    base: list[str], student_path: Path, tmp_path: Path
+):
+    padded = tmp_path / "padded"
+    shutil.copytree(student_path, padded)
+    config = json.loads((padded / "config.json").read_text())
+    (padded / "config.json").write_text(json.dumps(config | {"vocab_size": 128, "max_position_embeddings": 64}))
+    models = [f"teacher.model={padded}", f"student.model={padded}", "student.random_weights=true"]
+    with pytest.raises(ValueError, match="top_k=100 is more than the vocabulary's 64 tokens"):
+        check(configured(base, *models, "teacher.top_k=100"))
+    assert check(configured(base, *models, "teacher.top_k=64")).student_vocab_size == 128
+    with pytest.raises(ValueError, match="top_k=200 is larger than the vocabulary of .*: 128 tokens"):
+        check(configured(base, *models, "teacher.top_k=200"))
 
 
 def test_more_than_the_cluster_has_is_refused_with_the_arithmetic(base: list[str]):
@@ -85,6 +108,15 @@ def test_more_than_the_cluster_has_is_refused_with_the_arithmetic(base: list[str
         check_resources(configured(base, "train.num_workers=6"), {"CPU": 4})
     with pytest.raises(ValueError, match="reserves 2 GPUs .* the cluster has 0"):
         check_resources(configured(base, "train.num_workers=2", "train.use_gpu=true"), {"CPU": 64})
+    with pytest.raises(ValueError, match="reserves 4 GPUs .*teachers 4.* the cluster has 1"):
+        check_resources(configured(base, "teacher.num_replicas=4"), {"CPU": 64, "GPU": 1})
+
+
+def test_collecting_needs_no_room_for_train_workers(base: list[str]):
+    config = configured(base, "train.num_workers=6")
+    check_resources(config, {"CPU": 4}, with_workers=False)
+    with pytest.raises(ValueError, match="reserves 1.25 CPUs .workers 0,.* the cluster has 1"):
+        check_resources(config, {"CPU": 1}, with_workers=False)
 
 
 def test_too_little_disk_is_refused(base: list[str], monkeypatch: pytest.MonkeyPatch):
