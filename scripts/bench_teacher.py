@@ -116,7 +116,7 @@ def start(model: str) -> tuple[TeacherActor, LLM, VllmTeacherConfig]:
         max_model_len=256,
         max_num_seqs=32,
         max_num_batched_tokens=512,
-        batch_size=16,
+        batch_size=32,
         concurrent_batches=4,
         sampling=SamplingConfig(max_tokens=OUTPUT_TOKENS, stop_token_ids=()),
     )
