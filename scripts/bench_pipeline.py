@@ -216,7 +216,7 @@ def _run(config: Config, prompt_set: PromptSet, teacher_s: float, step_s: float,
 
     (shard,) = example_stream(config, prompt_set, 0, np.empty(0, np.int64), teacher).streaming_split(1, equal=False)
     done = getattr(Trainer.remote(), method).remote(shard, step_s)
-    core_worker: Any = global_worker.core_worker  # pyright: ignore[reportAttributeAccessIssue]
+    core_worker: Any = global_worker.core_worker  # pyright: ignore[reportAttributeAccessIssue]  (set when Ray starts)
     store_mb, references = 0.0, 0
     while not ray.wait([done], timeout=0.2)[0]:
         store_mb = max(store_mb, _store_mb())

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -34,7 +35,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import numpy as np
 import pyarrow as pa
 import torch
-from vllm import LLM, EngineArgs, SamplingParams
+from vllm import LLM, EngineArgs, SamplingParams, TokensPrompt
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.outputs import LogprobsLists
@@ -149,6 +150,25 @@ def random_ids(num_sequences: int, length: int, vocab_size: int, seed: int) -> n
     return np.random.default_rng(seed).integers(2, vocab_size, (num_sequences, length), dtype=np.int32)
 
 
+def bare_cells(
+    llm: LLM, make_rows: Callable[[], np.ndarray], tokens_per_row: int, option: str, settings: dict[str, Any]
+) -> dict[str, Cell]:
+    """vLLM alone with flat, with no and with default log-probabilities; `option` of SamplingParams asks for them."""
+
+    def bare(more: dict[str, Any]) -> Cell:
+        params = SamplingParams(temperature=0.0, **settings, **more)
+
+        def cell() -> int:
+            prompts = [TokensPrompt(prompt_token_ids=row.tolist()) for row in make_rows()]
+            return len(llm.generate(prompts, params, use_tqdm=False)) * tokens_per_row
+
+        return cell
+
+    flat = {"flat_logprobs": True, "detokenize": False}
+    kinds = {"flat": {option: K, **flat}, "logprobs=0": {option: 0, **flat}, "default": {option: K}}
+    return {name: bare(more) for name, more in kinds.items()}
+
+
 def generate_cells(
     actor: TeacherActor, llm: LLM, config: VllmTeacherConfig, num_sequences: int, vocab_size: int
 ) -> dict[str, Cell]:
@@ -162,21 +182,8 @@ def generate_cells(
         table = pa.table({"uid": np.arange(num_sequences), "prompt_ids": list(prompts())})
         return run_actor(actor, table, config)
 
-    def bare(**settings: object) -> Cell:
-        params = SamplingParams(temperature=0.0, max_tokens=OUTPUT_TOKENS, ignore_eos=True, **settings)  # type: ignore[arg-type]
-
-        def cell() -> int:
-            outputs = llm.generate([{"prompt_token_ids": row.tolist()} for row in prompts()], params, use_tqdm=False)
-            return sum(len(output.outputs[0].token_ids) for output in outputs)
-
-        return cell
-
-    return {
-        "actor": ours,
-        "flat": bare(logprobs=K, flat_logprobs=True, detokenize=False),
-        "logprobs=0": bare(logprobs=0, flat_logprobs=True, detokenize=False),
-        "default": bare(logprobs=K),
-    }
+    writing = {"max_tokens": OUTPUT_TOKENS, "ignore_eos": True}
+    return {"actor": ours} | bare_cells(llm, prompts, OUTPUT_TOKENS, "logprobs", writing)
 
 
 def score_cells(
@@ -198,21 +205,7 @@ def score_cells(
         }
         return run_actor(actor, pa.table(columns), config)
 
-    def bare(**settings: object) -> Cell:
-        params = SamplingParams(temperature=0.0, max_tokens=1, **settings)  # type: ignore[arg-type]
-
-        def cell() -> int:
-            outputs = llm.generate([{"prompt_token_ids": row.tolist()} for row in sequences()], params, use_tqdm=False)
-            return len(outputs) * (length - 1)
-
-        return cell
-
-    return {
-        "actor": ours,
-        "flat": bare(prompt_logprobs=K, flat_logprobs=True, detokenize=False),
-        "logprobs=0": bare(prompt_logprobs=0, flat_logprobs=True, detokenize=False),
-        "default": bare(prompt_logprobs=K),
-    }
+    return {"actor": ours} | bare_cells(llm, sequences, length - 1, "prompt_logprobs", {"max_tokens": 1})
 
 
 # ---- the race
@@ -276,15 +269,16 @@ def to_arrow(num_tokens: int = 4096, num_repeats: int = 5) -> dict[str, float]:
     def ours() -> None:
         kept = vllm_engine._KeptArrays()
         for step in steps:
-            kept.update_from_output(step)  # type: ignore[arg-type]
+            kept.update_from_output(step)  # type: ignore[arg-type]  (all of it that is read)
         answers_table(rows, [Answer(ids[:, 0], vllm_engine._pieces(kept.logprobs, num_tokens), "length")], info, K, "0")
 
     def lists(*, flat: bool) -> Callable[[], None]:
         def cell() -> None:
             params = SamplingParams(logprobs=K, flat_logprobs=flat, detokenize=False)
-            processor = LogprobsProcessor.from_new_request(None, SimpleNamespace(sampling_params=params))  # type: ignore[arg-type]
+            request: Any = SimpleNamespace(sampling_params=params)  # all of it that is read
+            processor = LogprobsProcessor.from_new_request(None, request)
             for step in steps:
-                processor.update_from_output(step)  # type: ignore[arg-type]
+                processor.update_from_output(step)  # type: ignore[arg-type]  (likewise)
             if flat:
                 pieces = vllm_engine._pieces(processor.logprobs, num_tokens)
                 answers_table(rows, [Answer(ids[:, 0], pieces, "length")], info, K, "0")

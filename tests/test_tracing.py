@@ -50,7 +50,7 @@ def test_a_tensor_is_refused_instead_of_synchronising_the_device(tmp_path):
     import torch
 
     with Tracer(tmp_path) as tracer, pytest.raises(TypeError, match="'loss/total' is a Tensor"):
-        tracer.log(1, {"loss/total": torch.tensor(0.5)})  # type: ignore[dict-item]
+        tracer.log(1, {"loss/total": torch.tensor(0.5)})  # type: ignore[dict-item]  (the mistake)
 
 
 def test_a_resumed_run_appends_and_its_entries_supersede_those_after_the_restored_step(tmp_path):

@@ -191,7 +191,9 @@ def classify_tokens(text: str, start: int, end: int) -> Iterator[tuple[str, int,
 
 def closes_string(text: str, start: int, end: int) -> bool:
     """Does the string that opens with the quote at `start` close with a quote at `end - 1`?"""
-    return _STRING_BODY.match(text, start + 1).end() == end - 1 and text[end - 1] == '"'  # pyright: ignore[reportOptionalMemberAccess]
+    body = _STRING_BODY.match(text, start + 1)
+    assert body is not None, "the pattern matches the empty string too"
+    return body.end() == end - 1 and text[end - 1] == '"'
 
 
 _ESCAPE = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\[^u]")

@@ -107,7 +107,7 @@ class _HeadLogits(torch.autograd.Function):
     """-> logits of the ids [N, C], log-sum-exp of the logits outside the support [N], columns that own their id [N, C]."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, ids, support, chunk_rows, num_valid_ids):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx, hidden, weight, bias, ids, support, chunk_rows, num_valid_ids):  # pyright: ignore[reportIncompatibleMethodOverride]  (theirs: *args)
         head = _Head(hidden, weight, bias, chunk_rows, num_valid_ids)
         selected = hidden.new_empty(ids.shape, dtype=head.logits_dtype)
         tail = hidden.new_empty(ids.shape[:1], dtype=head.logits_dtype)
@@ -122,7 +122,7 @@ class _HeadLogits(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_selected, grad_tail, _):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, grad_selected, grad_tail, _):  # pyright: ignore[reportIncompatibleMethodOverride]  (theirs: *args)
         hidden, weight, bias, ids, support = ctx.saved_tensors
         with torch.autocast(hidden.device.type, enabled=False):
             head = _Head(hidden, weight, bias, ctx.chunk_rows, ctx.num_valid_ids)
@@ -136,7 +136,7 @@ class _HeadLogits(torch.autograd.Function):
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, ids, support, rows_loss, chunk_rows, num_valid_ids):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx, hidden, weight, bias, ids, support, rows_loss, chunk_rows, num_valid_ids):  # pyright: ignore[reportIncompatibleMethodOverride]  (theirs: *args)
         head = _Head(hidden, weight, bias, chunk_rows, num_valid_ids)
         needs_gradient = any(ctx.needs_input_grad)
         gradients = _Gradients(head, *ctx.needs_input_grad[:3])
@@ -163,7 +163,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss, _):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, grad_loss, _):  # pyright: ignore[reportIncompatibleMethodOverride]  (theirs: *args)
         assert ctx.gradients is not None, (
             "head_loss was differentiated a second time, but its gradients were handed over at the first; "
             "use head_logprobs where a graph is kept"

@@ -130,7 +130,7 @@ def _on_meta(architecture: PretrainedConfig) -> PreTrainedModel:
 
 
 def _load_strictly(config: StudentConfig) -> PreTrainedModel:
-    model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+    model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]  (its stub knows no loading info)
         config.model,
         dtype=torch.float32,
         attn_implementation=config.attention,

@@ -62,7 +62,7 @@ def write_run(run: Path, config) -> None:
         asked = uid % 2 == 0
         gold = Gold(calls=[CALL], values=[]) if asked else Gold(calls=[], values=[21.5, "clear sky"])
         messages, kind = (ASKED, "one_call") if asked else (ANSWERED, "tool_result")
-        prompts.append(JudgedPrompt(uid, f"row-{uid}", kind, messages, TOOLS, [1, 2], gold))  # type: ignore[arg-type]
+        prompts.append(JudgedPrompt(uid, f"row-{uid}", kind, messages, TOOLS, [1, 2], gold))  # type: ignore[arg-type]  (ids as a list)
         right = completion(CALL) if asked else "It is 21.5 degrees with a clear sky."
         wrong = completion({"name": "weather", "arguments": {"city": "Bonn"}}) if asked else ""
         teacher_texts.append(right)
