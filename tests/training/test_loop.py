@@ -95,7 +95,7 @@ def test_padding_rows_of_the_head_are_no_tokens(student_path, tmp_path):
     shutil.copytree(student_path, padded)
     model = AutoModelForCausalLM.from_pretrained(student_path)
     model.resize_token_embeddings(VOCAB + 16, mean_resizing=False)
-    model.get_input_embeddings().weight.data[VOCAB:] = 5.0  # tied: the head's too
+    model.state_dict()["lm_head.weight"][VOCAB:] = 5.0
     model.save_pretrained(padded)
     train = {"weight_decay": 0.0}
     plain, expected = run(make_config(student_path, train=train), tmp_path / "plain", [make_rows(16)])
