@@ -249,11 +249,22 @@ FUNCTIONS = almost(name=TEXT, arguments=VALUES, parameters=VALUES, description=T
 CALLS = st.lists(FUNCTIONS | almost(function=FUNCTIONS, id=TEXT), max_size=2)
 ROLES = st.sampled_from(["system", "user", "assistant", "tool", "robot"])
 MESSAGES = st.lists(almost(role=ROLES, content=TEXT, tool_calls=CALLS), max_size=3)
+NEARLY_GOOD = st.fixed_dictionaries(  # what is asked for, with anything beside it
+    {
+        "messages": st.fixed_dictionaries({"role": st.just("user"), "content": TEXT}, optional={"sent": VALUES}).map(
+            lambda user: [user, message("assistant", "Hi"), user]
+        ),
+        "tools": st.fixed_dictionaries(
+            {"name": st.just("f")},
+            optional={"description": VALUES, "parameters": st.fixed_dictionaries({"default": VALUES}), "strict": VALUES},
+        ).map(lambda tool: [tool]),
+    }
+)
 
 
 @settings(max_examples=300, deadline=None)
 @given(
-    row=almost(messages=MESSAGES, tools=CALLS, prompt=TEXT, completion=TEXT, gold_calls=CALLS),
+    row=NEARLY_GOOD | almost(messages=MESSAGES, tools=CALLS, prompt=TEXT, completion=TEXT, gold_calls=CALLS),
     completions=st.sampled_from(["teacher", "recorded"]),
 )
 def test_whatever_a_row_holds_it_becomes_a_prompt_or_has_a_reason(demo_tokenizer, row, completions):
