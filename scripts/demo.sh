@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 python=.venv/bin/python
 started=$(date +%s)
 
-[ -f runs/demo-prompts/train.jsonl ] || $python -m raykd.demo.corpus --out runs/demo-prompts --train 9000
+[ -f runs/demo-prompts/train.jsonl ] || $python -m raykd.demo.corpus --out runs/demo-prompts --train 7500
 rm -rf runs/demo
 $python -m raykd.train --config configs/demo.yaml "$@"
 $python -m raykd.evaluate --config configs/demo.yaml "$@"
