@@ -242,7 +242,8 @@ def test_a_teacher_that_gives_nothing_for_too_many_prompts_ends_the_stream_as_th
 ):
     import ray.cloudpickle
 
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
+    for name in (__name__, answers.__module__):
+        ray.cloudpickle.register_pickle_by_value(sys.modules[name])  # workers cannot import these files
     write_lines(tmp_path / "train.jsonl", [conversation(f"q{i}", id=f"r{i}") for i in range(8)])
     config = config_for(tmp_path, tiny_model_path, max_rejected_fraction=0.2, fixed_order=True)
     prompt_set = prepare_prompts(config, tmp_path / "run")
@@ -254,7 +255,7 @@ def test_a_teacher_that_gives_nothing_for_too_many_prompts_ends_the_stream_as_th
 
     (shard,) = example_stream(config, prompt_set, 0, NOTHING, half).streaming_split(1, equal=False)  # as in training
     with pytest.raises(Exception, match="are unusable") as error:
-        list(shard.iter_batches(batch_size=None, batch_format="pyarrow"))
+        list(shard.iter_batches(batch_size=4, batch_format="pyarrow"))
     mistake = users_mistake(error.value)
     assert isinstance(mistake, DataError)
     assert str(mistake).startswith("2 of 8 rows are unusable, more than data.max_rejected_fraction=0.2 allows; the last: ")
