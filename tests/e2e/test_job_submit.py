@@ -50,6 +50,7 @@ def head_node() -> Iterator[HeadNode]:
     """A head node with its dashboard."""
     port, folder = free_port(), tempfile.mkdtemp(prefix="rk", dir="/tmp")  # sockets want a short path
     words = f"start --head --block --port={free_port()} --dashboard-port={port} --temp-dir={folder} --num-cpus=8"
+    words += f" --dashboard-agent-listen-port={free_port()}"  # its default may be taken by another Ray
     words += f" --object-store-memory={200 * 2**20} --disable-usage-stats"
     with (Path(folder) / "head.log").open("wb") as log:
         head = subprocess.Popen([RAY, *words.split()], env=environment(), stdout=log, stderr=log)
