@@ -123,4 +123,4 @@ def test_a_submitted_job_trains_and_its_log_is_that_of_the_run(head_node, words)
 def test_a_job_that_fails_says_why_and_exits_with_1(head_node, words):
     failed = submit(head_node, *words, "data.prompts=/nowhere.jsonl")
     assert failed.returncode == 1
-    assert "data.prompts: found no file or folder '/nowhere.jsonl'" in failed.stdout + failed.stderr
+    assert "data.prompts=/nowhere.jsonl: nothing there" in failed.stdout + failed.stderr
