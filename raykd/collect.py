@@ -1,7 +1,11 @@
 """Have the teacher answer all prompts and keep what it says: `python -m raykd.collect --config a.yaml b.yaml key=value …`.
 
 In:  the config and the prompts that it names (data.completions=recorded: the teacher scores the conversations).
-Out: the teacher's cache (data.teacher_cache, or the run folder's), as training reads and writes it.
+Out: the teacher's cache (data.teacher_cache, or the run folder's), as training reads and writes it; with `--jsonl FILE`
+     also one file of offline rows, for data.offline, for `KDDataset`, and for people to read.
+
+`python -m raykd.collect --add-process-targets FILE.jsonl` needs no config: it writes FILE.targets.jsonl beside the file, the
+same rows with the spans of their calls and reused values.
 
 What the cache has already is skipped: run the command again to go on after an interruption. Training with the same
 teacher and prompts then loads no teacher: the same run with `raykd.train --resume`, or another with the same
@@ -10,6 +14,7 @@ data.teacher_cache.
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 import time
@@ -26,9 +31,12 @@ from ray.exceptions import RayTaskError
 from raykd.cli import exit_code, open_run, parse, run_folder, start_ray
 from raykd.config import Config
 from raykd.data.cache import TeacherCache
+from raykd.data.offline_write import JsonlWriter, add_process_targets, offline_rows
+from raykd.data.prompt_rows import load_tokenizer
 from raykd.data.readers import DataError
 from raykd.data.sources import PromptSet, prepare_prompts
 from raykd.data.stream import (
+    Prompts,
     Rejects,
     Stage,
     answered_stream,
@@ -41,10 +49,13 @@ from raykd.data.stream import (
 from raykd.tracing import quiet_ray
 from raykd.training.preflight import check_resources
 from teacher_serving.actor import teacher_stage
+from teacher_serving.identity import vocabulary_fingerprint
 
 logger = logging.getLogger(__name__)
 
 REPORT_EVERY_S = 10.0
+EXPORT_ROWS = 256
+"""Rows read from the cache together on their way to JSONL."""
 
 
 @dataclass
@@ -129,9 +140,39 @@ def _follow(counts: Dataset, collected: Collected, num_missing: int) -> None:
             logger.info("%d of %d rows to go; %s", num_missing - collected.num_rows, num_missing, collected)
 
 
+def export_jsonl(config: Config, prompt_set: PromptSet, path: str) -> int:
+    """Write what the cache holds for the training prompts as one JSONL file, in the order of the source; returns the rows.
+
+    Held-out prompts are left out. Prompts without an answer are not in the cache, and so not in the file.
+    """
+    cache = teacher_cache(config, prompt_set)
+    plan = plan_epoch(config, prompt_set, 0, np.empty(0, np.int64), cache.index())
+    plan = plan.filter(plan["cache_file"].is_valid()).sort_by([("file", "ascending"), ("row", "ascending")])
+    read, tokenizer = Prompts(prompt_set.folder, cache), load_tokenizer(config.teacher.model)
+    header = {
+        "vocabulary_fingerprint": vocabulary_fingerprint(config.teacher.model),
+        "teacher_fingerprint": cache.fingerprint,
+        "seed": config.run.seed,
+    }
+    with JsonlWriter(path, header) as writer:
+        for start in range(0, plan.num_rows, EXPORT_ROWS):
+            rows = read(plan.slice(start, EXPORT_ROWS).combine_chunks())
+            for row in offline_rows(rows.filter(pa.array(~rows["held_out"].to_numpy())), tokenizer):
+                writer.write(row)
+    return writer.num_rows
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. Errors: ValueError for what the user can mend."""
-    config, _ = parse(argv, __doc__ or "")
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--jsonl", metavar="FILE")
+    parser.add_argument("--add-process-targets", metavar="FILE.jsonl")
+    own, rest = parser.parse_known_args(argv)
+    if own.add_process_targets:
+        return _add_process_targets(own.add_process_targets)
+    config, _ = parse(rest, __doc__ or "")
+    if config.data.offline:
+        raise DataError("data.offline holds the responses already: there is nothing to collect; expected data.prompts")
     folder = open_run(config, resume=(run_folder(config) / "config.yaml").exists())
     quiet_ray()
     start_ray(config)
@@ -140,6 +181,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     collected = collect(config, prompt_set)
     print(f"{collected}; {time.monotonic() - start:.0f} s in all; kept in {teacher_cache(config, prompt_set).path}")
+    if own.jsonl:
+        print(f"{export_jsonl(config, prompt_set, own.jsonl)} rows written to {own.jsonl}")
+    return 0
+
+
+def _add_process_targets(path: str) -> int:
+    added = add_process_targets(path)
+    for line, reason in added.reasons:
+        logger.warning("%s:%d: kept as it is: %s", path, line, reason)
+    print(f"{added.num_added} of {added.num_rows} rows got spans, {len(added.reasons)} cannot have any; in {added.file}")
     return 0
 
 

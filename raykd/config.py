@@ -5,20 +5,20 @@ In: nothing but Python values (raykd/cli.py reads files and overrides). Out: a f
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from raykd.loss_config import (
+    CodeModeConfig,
+    Fraction,
+    HaltConfig,
+    LatentConfig,
+    LossConfig,
+    RolloutConfig,
+    Section,
+)
 from teacher_serving.config import TeacherConfig
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Weight = Annotated[float, Field(ge=0.0)]
-
-
-class Section(BaseModel):
-    """A part of the configuration: immutable, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class RunConfig(Section):
@@ -32,14 +32,26 @@ class RunConfig(Section):
     """Seed of everything random: student initialisation, order of the prompts, sampling, dropout."""
 
 
+class OfflineFile(Section):
+    """A file of offline examples, and its share in the mixture."""
+
+    path: str
+    """JSONL or Parquet: prompts with responses and, perhaps, teacher scores (formats: raykd/data/offline_files.py)."""
+    weight: float = Field(default=1.0, gt=0.0, le=1000.0)
+    """How often each of its rows comes in an epoch: 2 is twice, 0.1 a tenth of the rows, other ones every epoch."""
+
+
 class DataConfig(Section):
     """From the user's files to examples."""
 
-    prompts: str
+    prompts: str | None = None
     """Training prompts: a JSONL or Parquet file, a folder of either, or a Hugging Face dataset saved to disk.
     Rows have `messages` (and `tools`) in the OpenAI form, or `prompt`."""
+    offline: tuple[OfflineFile, ...] = ()
+    """Instead of prompts: files that hold the responses already. No teacher is started then; `teacher.model` names the
+    folder whose tokenizer the token ids belong to."""
     held_out: str | None = None
-    """Prompts for validation, same formats; never trained on. None: no validation."""
+    """Prompts for validation, same formats (of `offline`: one file); never trained on. None: no validation."""
     max_held_out: int = Field(default=256, ge=1)
     """At most this many held-out prompts are used for validation while training."""
     completions: Literal["teacher", "recorded"] = "teacher"
@@ -63,6 +75,13 @@ class DataConfig(Section):
     """Folder where the teacher's output is kept and looked up (matched by prompt and teacher fingerprint), so that later
     epochs and runs cost no teacher time. None: `teacher_cache/` in the run folder."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if bool(self.prompts) == bool(self.offline):
+            found = "both" if self.prompts else "neither"
+            raise ValueError(f"data.prompts and data.offline: found {found}, expected one of the two")
+        return self
+
 
 class StudentConfig(Section):
     """The model that learns."""
@@ -79,76 +98,11 @@ class StudentConfig(Section):
     """Attention implementation of transformers."""
 
 
-Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tvd", "skewed_forward_kl", "skewed_reverse_kl"]
-Support = Literal["topk_tail", "topk_renorm", "topk_zero"]
-
-
-class LossConfig(Section):
-    """Weights of the losses and how they are computed. A weight of 0 switches a loss off."""
-
-    kd: Weight = 1.0
-    """Divergence between the teacher's and the student's next-token distributions, on all response tokens."""
-    ce_teacher: Weight = 0.0
-    """Cross-entropy on text that the teacher wrote."""
-    ce_truth: Weight = 0.0
-    """Cross-entropy on recorded text (data.completions=recorded)."""
-    tool_name: Weight = 0.0
-    """Cross-entropy on the tokens of tool names."""
-    json_argument: Weight = 0.0
-    """Cross-entropy on the tokens of tool-call arguments."""
-    integration_copy: Weight = 0.0
-    """Cross-entropy on response tokens that reuse a value of a tool result."""
-
-    kd_divergence: Divergence = "forward_kl"
-    """forward_kl is KL(teacher || student); jsd = kd_beta*KL(T||M) + (1-kd_beta)*KL(S||M), M = kd_beta*T + (1-kd_beta)*S."""
-    kd_support: Support = "topk_tail"
-    """topk_tail: the teacher's K ids and one bucket for the rest; topk_renorm: both sides renormalised over the K;
-    topk_zero: teacher renormalised over the K, student over the whole vocabulary."""
-    kd_beta: Fraction = 0.5
-    """Mixture weight of jsd and of the skewed divergences."""
-    kd_temperature: float = Field(default=1.0, gt=0.0)
-    """Softening temperature; the loss carries temperature squared. Other than 1 only with topk_renorm."""
-    ce_teacher_target: Literal["sampled", "argmax"] = "sampled"
-    """sampled: the token the teacher emitted; argmax: its most likely token given the same prefix."""
-    json_structure_weight: Weight = 1.0
-    """Weight of braces, brackets, colons, commas and quotes within json_argument."""
-    json_key_weight: Weight = 1.0
-    """Weight of argument names within json_argument."""
-    json_value_weight: Weight = 1.0
-    """Weight of argument values within json_argument."""
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """Weights of the losses that are on, by name."""
-        names = ("kd", "ce_teacher", "ce_truth", "tool_name", "json_argument", "integration_copy")
-        return {name: getattr(self, name) for name in names if getattr(self, name) > 0}
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if not self.weights:
-            raise ValueError("every loss weight is 0: set at least one of the weights in `loss` above 0")
-        if self.kd_temperature != 1.0 and self.kd_support != "topk_renorm":
-            raise ValueError(
-                f"loss.kd_temperature={self.kd_temperature} with loss.kd_support={self.kd_support}: the teacher's mass "
-                "outside its top-k is unknown at a temperature other than 1; use kd_temperature=1 or kd_support=topk_renorm"
-            )
-        student_to_teacher = self.kd_divergence == "reverse_kl" or (
-            {"jsd": 1.0, "skewed_reverse_kl": 0.0}.get(self.kd_divergence) == self.kd_beta
-        )
-        if student_to_teacher and self.kd_support == "topk_zero":
-            raise ValueError(
-                f"loss.kd_divergence={self.kd_divergence} (kd_beta={self.kd_beta:g}) with loss.kd_support=topk_zero: the "
-                "student has mass where this teacher has none, the divergence is infinite; use kd_support=topk_tail"
-            )
-        if self.weights.keys() == {"json_argument"} and not (
-            self.json_structure_weight or self.json_key_weight or self.json_value_weight
-        ):
-            raise ValueError("loss.json_argument is the only loss but all its class weights are 0")
-        return self
-
-
 class TrainConfig(Section):
     """The optimisation."""
+
+    head_learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate of the heads and projections. None: learning_rate."""
 
     epochs: int = Field(default=1, ge=1)
     """Passes over the prompts. Epochs after the first read the teacher's cached output."""
@@ -243,6 +197,10 @@ class Config(Section):
     student: StudentConfig
     data: DataConfig
     loss: LossConfig = LossConfig()
+    latent: LatentConfig = LatentConfig()
+    halt: HaltConfig = HaltConfig()
+    code_mode: CodeModeConfig = CodeModeConfig()
+    rollouts: RolloutConfig = RolloutConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -251,7 +209,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         losses = self.loss.weights
-        if self.data.completions == "teacher" and "ce_truth" in losses:
+        if self.data.completions == "teacher" and "ce_truth" in losses and not self.data.offline:
             raise ValueError(
                 f"loss.ce_truth={losses['ce_truth']} with data.completions=teacher: there is no recorded text to learn; "
                 "set data.completions=recorded or loss.ce_truth=0 (ce_teacher is the loss on the teacher's text)"
@@ -260,6 +218,28 @@ class Config(Section):
             raise ValueError(
                 f"loss.ce_teacher={losses['ce_teacher']} with data.completions=recorded: the teacher writes nothing; use "
                 "loss.ce_truth, or loss.ce_teacher_target=argmax"
+            )
+        needs_states = {
+            f"loss.intermediate_layer={self.loss.intermediate_layer:g}": "intermediate_layer" in losses,
+            "loss.kd_support=full": "kd" in losses and self.loss.kd_support == "full",
+        }
+        for name, needed in needs_states.items():
+            if needed and not self.teacher.hidden_layers:
+                raise ValueError(
+                    f"{name} with teacher.hidden_layers=[]: the loss compares with hidden states that the teacher does not "
+                    "ship; name its layers in teacher.hidden_layers (full needs the last one)"
+                )
+        if "policy_gradient" in losses and not self.rollouts.prompts_per_step:
+            raise ValueError(
+                f"loss.policy_gradient={losses['policy_gradient']} with rollouts.prompts_per_step=0: there is nothing to "
+                "reward; set rollouts.prompts_per_step above 0"
+            )
+        spelled = "ce_truth" in losses or ("ce_teacher" in losses and self.loss.ce_teacher_target == "sampled")
+        if self.latent.stages and not spelled:
+            raise ValueError(
+                "latent.stages without a cross-entropy: the teacher has no scores for latent.begin and latent.end, so that "
+                "nothing would teach the student to write them; set loss.ce_teacher (with ce_teacher_target=sampled), or "
+                "loss.ce_truth with data.completions=recorded, above 0"
             )
         if self.train.sequences_per_step < self.train.num_workers:
             raise ValueError(

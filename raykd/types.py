@@ -16,8 +16,10 @@ N supervised (response) tokens of a batch, packed in row-major order of [B, T].
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +36,19 @@ class Mark(enum.IntFlag):
     ARGUMENT_KEY = 8
     ARGUMENT_VALUE = 16
     INTEGRATION = 32  # response token that reuses a value of a tool result
+    CLAIM = 64  # overlaps a checkable claim
+    CODE_MODE = 128  # code that calls tools through their programming interface
+    DIRECT_TOOL = 256  # a direct tool call where code mode is preferred
+    LATENT = 512  # slot between <bot> and <eot>: an input only, never supervised, so never RESPONSE
+    DECISION = 1024  # the halt head is read at this token
+
+
+class SetKind(enum.IntEnum):
+    """What a set of ids at a token is for (`Example.set_ids`)."""
+
+    TOOL_CHOICE = 0  # ids with which the name of some offered tool goes on here; the written token is one of them
+    COPY = 1  # ids with which the copy of a tool result goes on here; the written token is one of them
+    CONTRADICTION = 2  # ids that would write another number of the tool results; the written token is none of them
 
 
 ARGUMENT_MARKS = Mark.ARGUMENT_STRUCTURE | Mark.ARGUMENT_KEY | Mark.ARGUMENT_VALUE
@@ -86,6 +101,22 @@ EXAMPLE_SCHEMA = pa.schema(
         ("teacher_id", pa.string()),
         ("num_calls", pa.int32()),  # tool calls found in the response
         ("num_truncated_calls", pa.int32()),  # calls that the end of the text cut off
+        ("tool_name_weight", pa.float32()),  # trust in the tool names of the row: 1, less where they were guessed
+        ("quality", pa.float32()),  # score of the response in [0, 1]; NaN: none
+        ("advantage", pa.float32()),  # of a response sampled from the student; NaN: none
+        ("pair", pa.int64()),  # the same |pair| > 0 on two rows: > 0 is preferred to < 0; 0: none
+        ("reference_logprob", pa.float32()),  # nats, sum over the response under the reference student; NaN: none
+        ("target_length", pa.float32()),  # the teacher's response tokens, beside one sampled from the student; NaN: none
+        ("halt_targets", pa.list_(pa.float32())),  # [D] probability of halting at each DECISION token; NaN: unknown
+        ("set_position", pa.list_(pa.int32())),  # [S] the token, as an index of input_ids
+        ("set_kind", pa.list_(pa.int8())),  # [S] SetKind
+        ("set_sizes", pa.list_(pa.int32())),  # [S] number of ids in each set
+        ("set_ids", pa.list_(pa.int32())),  # the sets end to end
+        ("grammar_position", pa.list_(pa.int32())),  # [G] argument tokens whose legal alternatives are known
+        ("grammar_row", pa.list_(pa.int32())),  # [G] row of grammar_masks
+        ("grammar_masks", pa.list_(pa.int32())),  # [U*W] W = ceil(V/32): bit i%32 of word i//32 says that id i is legal
+        ("num_teacher_layers", pa.int32()),  # 0 without teacher_hidden
+        ("teacher_hidden", pa.list_(pa.float16())),  # [L*T*H] states of the shipped teacher layers at every token
         ("teacher_seconds", pa.float32()),  # engine time spent on the row; 0 when it came from the cache
         ("teacher_wait_seconds", pa.float32()),  # engine idle time before the row's block: the trainer was slower
     ]
@@ -108,6 +139,29 @@ class Example:
     held_out: bool = False
     num_calls: int = 0
     num_truncated_calls: int = 0
+    tool_name_weight: float = 1.0
+    quality: float = math.nan
+    advantage: float = math.nan
+    pair: int = 0
+    reference_logprob: float = math.nan
+    target_length: float = math.nan
+    halt_targets: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))  # [D]
+    set_position: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # [S], each RESPONSE
+    set_kind: np.ndarray = field(default_factory=lambda: np.empty(0, np.int8))  # [S]
+    set_sizes: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # [S]
+    set_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # [sum of set_sizes]
+    grammar_position: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # [G], each RESPONSE
+    grammar_row: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # [G]
+    grammar_masks: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.int32))  # [U, W]
+    teacher_hidden: np.ndarray = field(default_factory=lambda: np.empty((0, 0, 0), np.float16))  # [L, T, H]
+
+    @property
+    def num_teacher_layers(self) -> int:
+        return len(self.teacher_hidden)
+
+
+_no_floats = partial(torch.empty, 0)
+_no_ints = partial(torch.empty, 0, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -123,7 +177,32 @@ class Batch:
     topk_ids: torch.Tensor  # int64 [N, K]; K is the widest of the batch
     topk_logprobs: torch.Tensor  # float32 [N, K]; -inf marks a missing entry
     log_tail: torch.Tensor  # float32 [N]
-    has_teacher: torch.Tensor  # bool [N], False where the sequence has no teacher scores
+    has_teacher: torch.Tensor  # bool [N], False where the token has no teacher scores
+    # What only some losses look at; no rows where the data has none.
+    end_index: torch.Tensor = field(
+        default_factory=_no_ints
+    )  # int64 [B], last response token of each sequence in the flattened [B*T]
+    quality: torch.Tensor = field(default_factory=_no_floats)  # float32 [B]; NaN: none
+    pair: torch.Tensor = field(default_factory=_no_ints)  # int64 [B]
+    reference_logprob: torch.Tensor = field(default_factory=_no_floats)  # float32 [B]; NaN: none
+    target_length: torch.Tensor = field(default_factory=_no_floats)  # float32 [B]; NaN: none
+    decision_index: torch.Tensor = field(default_factory=_no_ints)  # int64 [D], each DECISION token in the flattened [B*T]
+    halt_targets: torch.Tensor = field(default_factory=_no_floats)  # float32 [D]; NaN: unknown
+    response_advantage: torch.Tensor = field(
+        default_factory=_no_floats
+    )  # float32 [N] of the token's sequence; NaN: not sampled from the student
+    tool_name_weight: torch.Tensor = field(default_factory=_no_floats)  # float32 [N] of the token's sequence
+    set_row: torch.Tensor = field(default_factory=_no_ints)  # int64 [S], index into the N response tokens
+    set_kind: torch.Tensor = field(default_factory=_no_ints)  # int64 [S]
+    set_ids: torch.Tensor = field(
+        default_factory=partial(torch.empty, 0, 0, dtype=torch.int64)
+    )  # int64 [S, W], filled with -1
+    grammar_row: torch.Tensor = field(default_factory=_no_ints)  # int64 [G], index into the N response tokens
+    grammar_mask: torch.Tensor = field(default_factory=_no_ints)  # int64 [G], row of grammar_masks
+    grammar_masks: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int32))  # [U, ceil(V/32)]
+    teacher_hidden: torch.Tensor = field(
+        default_factory=partial(torch.empty, 0, 0, 0, 0)
+    )  # float16 [L, B, T, H], 0 on padding
 
     @property
     def response_marks(self) -> torch.Tensor:
@@ -145,6 +224,9 @@ class StudentOutput:
     """What one forward pass of the student yields; nothing that no loss asked for."""
 
     hidden: torch.Tensor  # [B, T, H] after the final norm: the input of the LM head
+    layers: tuple[torch.Tensor, ...] = ()  # [B, T, H] each, outputs of the decoder layers that were asked for
+    halt_logits: torch.Tensor | None = None  # [D, 2] (continue, halt) at the decision points
+    quality_logits: torch.Tensor | None = None  # [B] at the end of each response
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ In:  a request table and one Answer a row, with the float32 log-probabilities as
 Out: a table of TEACHER_OUTPUT_SCHEMA, built from NumPy buffers: no Python object per token.
 
 Shape letters: T output tokens of a row, N output tokens of the whole table, K top-k entries, V vocabulary,
-C columns as an engine returns them (K, or K+1 with the sampled token in front).
+C columns as an engine returns them (K, or K+1 with the sampled token in front), P prompt tokens, L shipped layers,
+H hidden size.
 """
 
 from __future__ import annotations
@@ -21,12 +22,16 @@ TAIL_FLOOR = 2.0**-24
 """Tail mass below which 1 - sum(p) of float32 log-probabilities is rounding noise (half an ulp of 1)."""
 
 
+NO_STATES = np.empty((0, 0, 0), np.float16)
+
+
 class Answer(NamedTuple):
     """What an engine has to say about one row, in full precision."""
 
     output_ids: np.ndarray  # [T] int32
     pieces: Sequence[tuple[np.ndarray, np.ndarray]]  # (ids, logprobs), each [n, C]; the n add up to T
     finish_reason: str
+    states: np.ndarray = NO_STATES  # [L, P + T, H] float16, output of the layers that are shipped
 
     @staticmethod
     def error(reason: str) -> Answer:
@@ -150,6 +155,9 @@ def answers_table(rows: pa.Table, answers: Sequence[Answer], info: TeacherInfo, 
     topk_ids, topk_logprobs, sampled_logprob = split_columns(ids, logprobs, output_ids, top_k)
     with np.errstate(over="ignore"):  # below -65504 is -inf
         half = topk_logprobs.astype(np.float16)
+    states = [answer.states.reshape(-1) for answer in answers]
+    state_offsets = np.concatenate(([0], np.cumsum([len(part) for part in states], dtype=np.int64)))
+    assert state_offsets[-1] < 2**31, f"{state_offsets[-1]} hidden values do not fit one table: fewer rows a call"
     num_rows = rows.num_rows
     columns = {
         "uid": rows.column("uid"),
@@ -164,6 +172,8 @@ def answers_table(rows: pa.Table, answers: Sequence[Answer], info: TeacherInfo, 
         "teacher_id": pa.repeat(info.teacher_id, num_rows),
         "teacher_fingerprint": pa.repeat(info.fingerprint, num_rows),
         "weight_version": pa.repeat(weight_version, num_rows),
+        "num_hidden_layers_shipped": pa.array([len(answer.states) for answer in answers], pa.int32()),
+        "hidden_states": _list_array(_joined(states, np.empty(0, np.float16)), state_offsets, pa.float16()),
     }
     return pa.table(columns).cast(TEACHER_OUTPUT_SCHEMA)
 

@@ -54,6 +54,9 @@ class LocalTeacherConfig(Strict):
     """Goes into every row; another version is another fingerprint, so cached output is not mixed."""
     top_k: int = Field(default=64, ge=1, le=256)
     """K: tokens per position whose log-probability is recorded. At most the vocabulary."""
+    hidden_layers: tuple[int, ...] = ()
+    """Decoder layers, counted from 0, whose output at every token of prompt and completion is recorded in half precision
+    (2 bytes x hidden size x layers a token). The last layer's is the state before the final norm. kind: hf only."""
     sampling: SamplingConfig = SamplingConfig()
     """How the teacher writes."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -105,6 +108,10 @@ class LocalTeacherConfig(Strict):
             raise ValueError(
                 f"max_replicas={self.max_replicas} is below num_replicas={self.num_replicas}; expected at least as many"
             )
+        if sorted({layer for layer in self.hidden_layers if layer >= 0}) != list(self.hidden_layers):
+            raise ValueError(
+                f"hidden_layers={list(self.hidden_layers)}; expected layers from 0 on, in rising order, each once"
+            )
         if self.device == "cpu" and self.num_gpus:
             raise ValueError(f"device is cpu, yet num_gpus={self.num_gpus}; leave num_gpus out or set device: cuda")
         return self
@@ -131,6 +138,12 @@ class VllmTeacherConfig(LocalTeacherConfig):
     @property
     def _gpus_of_one_engine(self) -> int:
         return self.tensor_parallel_size
+
+    @model_validator(mode="after")
+    def _ships_no_states(self) -> VllmTeacherConfig:
+        if self.hidden_layers:
+            raise ValueError(f"hidden_layers={list(self.hidden_layers)}: kind: vllm cannot ship hidden states, use kind: hf")
+        return self
 
     @model_validator(mode="after")
     def _one_gpu_per_shard(self) -> VllmTeacherConfig:

@@ -3,7 +3,8 @@
 In:  tables of PROMPT_SCHEMA (generate) or SEQUENCE_SCHEMA (score).
 Out: tables of TEACHER_OUTPUT_SCHEMA in the order of the request; a row that could not be answered is an error row.
 
-Shape letters: B sequences of a batch, P prompt tokens, T output tokens, V vocabulary, K top-k entries.
+Shape letters: B sequences of a batch, P prompt tokens, T output tokens, V vocabulary, K top-k entries, L shipped layers,
+H hidden size.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from teacher_serving.arrow import NOTHING, Answer, ListColumn, answers_table, find_problems, request_seed
+from teacher_serving.arrow import NO_STATES, NOTHING, Answer, ListColumn, answers_table, find_problems, request_seed
 from teacher_serving.config import HfTeacherConfig, SamplingConfig
 from teacher_serving.types import TeacherInfo
 
@@ -33,6 +34,11 @@ class HfEngine:
         self._turn = threading.Lock()
         model = AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype)
         self._model = torch.nn.Module.to(model.eval(), self._device)
+        self._states: list[Tensor] = []  # what the shipped layers gave out in the last forward pass, each [B, T, H]
+        self._body: torch.nn.Module = getattr(model, model.base_model_prefix)  # without the LM head
+        layers = _decoder_layers(model)
+        for layer in config.hidden_layers:
+            layers[layer].register_forward_hook(self._keep_output)
 
     def generate(self, prompts: pa.Table) -> pa.Table:
         """Write a completion for every row of PROMPT_SCHEMA; return TEACHER_OUTPUT_SCHEMA in the same order."""
@@ -49,7 +55,7 @@ class HfEngine:
 
     def close(self) -> None:
         """Release the model. Idempotent."""
-        self._model = torch.nn.Identity()
+        self._model = self._body = torch.nn.Identity()
 
     def generate_answers(self, prompts: pa.Table) -> list[Answer]:
         """As generate, an Answer a row in full precision."""
@@ -77,6 +83,17 @@ class HfEngine:
                 for row, problem in enumerate(problems)
             ]
 
+    def _keep_output(self, _layer: torch.nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        self._states.append(output if isinstance(output, Tensor) else output[0])
+
+    def _take_states(self) -> np.ndarray:
+        """States [L, T, H] of the one sequence of the last forward pass, within the range of half precision."""
+        states, self._states = self._states, []
+        if not states:
+            return NO_STATES
+        limit = torch.finfo(torch.float16).max
+        return torch.cat(states).clamp(-limit, limit).half().cpu().numpy()
+
     def _table(self, rows: pa.Table, answers: Sequence[Answer]) -> pa.Table:
         return answers_table(rows, answers, self.info, self._config.top_k, self._config.weight_version)
 
@@ -85,11 +102,22 @@ class HfEngine:
         """One forward over one sequence: no padding, no batch to depend on."""
         if not len(output_ids):
             return Answer(np.empty(0, np.int32), (), "given")
+        self._states.clear()
         ids = torch.from_numpy(np.concatenate((prompt_ids, output_ids)).astype(np.int64)).to(self._device)
         before_each_output = torch.arange(len(prompt_ids) - 1, len(ids) - 1, device=self._device)
         logits = self._model(input_ids=ids[None], logits_to_keep=before_each_output, use_cache=False).logits[0]  # [T, V]
         piece = _columns(logits, ids[len(prompt_ids) :], self._config.top_k)
-        return Answer(np.array(output_ids, np.int32), (piece,), "given")
+        return Answer(np.array(output_ids, np.int32), (piece,), "given", self._take_states())
+
+    @torch.inference_mode()
+    def _states_of(self, prompt_ids: np.ndarray, output_ids: np.ndarray) -> np.ndarray:
+        """States [L, P + T, H] of a sequence that was written, by one more forward pass over it, without the LM head."""
+        if not self._config.hidden_layers:
+            return NO_STATES
+        self._states.clear()
+        ids = torch.from_numpy(np.concatenate((prompt_ids, output_ids)).astype(np.int64)).to(self._device)
+        self._body(input_ids=ids[None], use_cache=False)
+        return self._take_states()
 
     @torch.inference_mode()
     def _write(self, prompts: list[np.ndarray], uids: list[int]) -> list[Answer]:
@@ -110,6 +138,7 @@ class HfEngine:
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         cache = None
         while None in finish:
+            self._states.clear()
             out = self._model(
                 input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
             )
@@ -127,9 +156,22 @@ class HfEngine:
         all_ids = np.stack([step_ids for step_ids, _ in steps], axis=1)  # [B, steps, K + 1]
         all_logprobs = np.stack([step_logprobs for _, step_logprobs in steps], axis=1)
         return [
-            Answer(all_ids[row, :n, 0], ((all_ids[row, :n], all_logprobs[row, :n]),), str(finish[row]))
+            Answer(
+                all_ids[row, :n, 0],
+                ((all_ids[row, :n], all_logprobs[row, :n]),),
+                str(finish[row]),
+                self._states_of(prompts[row], all_ids[row, :n, 0]),
+            )
             for row, n in enumerate(num_written)
         ]
+
+
+def _decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
+    """The stack of the model's layers."""
+    num_layers = model.config.get_text_config().num_hidden_layers
+    return next(
+        module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers
+    )
 
 
 def _columns(logits: Tensor, sampled: Tensor, top_k: int) -> tuple[np.ndarray, np.ndarray]:

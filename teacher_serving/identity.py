@@ -37,7 +37,8 @@ def describe(config: LocalTeacherConfig) -> TeacherInfo:
     """What the teacher of this config can deliver.
 
     Raises ValueError where the folder or a file of it is missing, where K is larger than the vocabulary, where a
-    stop token is outside it, and where the context asked for is longer than the model's.
+    stop token is outside it, where there is no such hidden layer, and where the context asked for is longer than the
+    model's.
     """
     folder = Path(config.model)
     text_config = read_text_config(folder)
@@ -53,6 +54,12 @@ def describe(config: LocalTeacherConfig) -> TeacherInfo:
             f"sampling.stop_token_ids {outside} are outside the vocabulary of {folder}: {vocab_size} tokens; "
             f"expected 0 to {vocab_size - 1}"
         )
+    num_layers = text_config["num_hidden_layers"]
+    if config.hidden_layers and config.hidden_layers[-1] >= num_layers:
+        raise ValueError(
+            f"hidden_layers={list(config.hidden_layers)}, but {folder} has {num_layers} layers; "
+            f"expected 0 to {num_layers - 1}"
+        )
     model_limit = context_limit(folder)
     if not model_limit and config.max_model_len is None:
         raise ValueError(f"{folder}/config.json has no max_position_embeddings; set max_model_len")
@@ -67,6 +74,7 @@ def describe(config: LocalTeacherConfig) -> TeacherInfo:
         "top_k": config.top_k,
         "dtype": config.dtype,
         "max_model_len": max_model_len,
+        "hidden_layers": config.hidden_layers,
         "weight_version": config.weight_version,
     }
     return TeacherInfo(
@@ -110,6 +118,13 @@ def cpu_kv_cache_bytes(config: LocalTeacherConfig, info: TeacherInfo) -> int:
     return max(2 * context_bytes, min(config.max_num_seqs * context_bytes, MAX_CPU_KV_BYTES))
 
 
+def state_bytes_per_token(config: LocalTeacherConfig) -> int:
+    """Bytes of hidden states that are shipped with one token."""
+    if not config.hidden_layers:
+        return 0
+    return 2 * len(config.hidden_layers) * read_text_config(Path(config.model))["hidden_size"]
+
+
 def kv_bytes_per_token(folder: Path, element_bytes: int) -> int:
     """Bytes of keys and values that one token takes over all layers."""
     text_config = read_text_config(folder)
@@ -135,10 +150,15 @@ def vocabulary_fingerprint(folder: str | Path) -> str:
     return _digest(_canonical(tokens), _canonical(special))
 
 
-@lru_cache(maxsize=8)
 def vocabulary_size(tokenizer: Any) -> int:
     """Ids that a Hugging Face tokenizer knows: one more than its largest. A model's head may have more rows: padding."""
-    return max(tokenizer.get_vocab().values()) + 1
+    return _largest_id(tokenizer, len(tokenizer)) + 1
+
+
+@lru_cache(maxsize=8)
+def _largest_id(tokenizer: Any, num_tokens: int) -> int:
+    """Of a tokenizer with so many tokens: it may be given more."""
+    return max(tokenizer.get_vocab().values())
 
 
 def tokenizer_fingerprint(folder: Path) -> str:

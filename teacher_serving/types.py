@@ -3,7 +3,8 @@
 In:  a table of PROMPT_SCHEMA (generate) or SEQUENCE_SCHEMA (score).
 Out: a table of TEACHER_OUTPUT_SCHEMA, rows in the order of the request.
 
-Shape letters: P prompt tokens, T output tokens, K top-k entries, V vocabulary. Log-probabilities are in nats.
+Shape letters: P prompt tokens, T output tokens, K top-k entries, V vocabulary, L shipped layers, H hidden size.
+Log-probabilities are in nats.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ TEACHER_OUTPUT_SCHEMA = pa.schema(
         ("teacher_id", pa.string()),
         ("teacher_fingerprint", pa.string()),  # hash of model, tokenizer and sampling
         ("weight_version", pa.string()),
+        ("num_hidden_layers_shipped", pa.int32()),  # L; 0 without hidden_states
+        ("hidden_states", pa.list_(pa.float16())),  # [L*(P+T)*H] output of the layers `hidden_layers` at every token
     ]
 )
 

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for folder in ("raykd", "teacher_serving") for path in (ROOT / folder).rglob("*.py"))
 
 ROWS = {  # lower rows may not import higher ones; row 2's rooms may not import one another, nor row 3's
+    0: ("raykd/loss_config.py",),
     1: ("raykd/types.py", "raykd/config.py"),
     2: ("raykd/data/", "raykd/student/", "raykd/losses/", "raykd/tracing.py", "raykd/demo/", "raykd/cli.py"),
     3: ("raykd/training/", "raykd/evaluation/"),
@@ -21,13 +22,26 @@ ROWS = {  # lower rows may not import higher ones; row 2's rooms may not import 
 ONLY_IN = {
     "vllm": ("teacher_serving/vllm_engine.py",),
     "ray.train": ("raykd/training/distributed.py", "raykd/train.py", "raykd/tune.py"),
-    "ray.data": ("raykd/data/stream.py", "raykd/data/sources.py", "teacher_serving/actor.py", "raykd/collect.py"),
+    "ray.data": (
+        "raykd/data/stream.py",
+        "raykd/data/offline_stream.py",
+        "raykd/data/sources.py",
+        "teacher_serving/actor.py",
+        "raykd/collect.py",
+    ),
     "wandb": ("raykd/tracing.py",),
     "tensorboard": ("raykd/tracing.py",),
     "torch.utils.tensorboard": ("raykd/tracing.py",),
     "matplotlib": ("raykd/evaluation/report.py",),
 }
-WITHOUT_RAY_AND_VLLM = ("raykd/losses/", "raykd/student/", "raykd/training/loop.py", "raykd/types.py", "raykd/config.py")
+WITHOUT_RAY_AND_VLLM = (
+    "raykd/losses/",
+    "raykd/student/",
+    "raykd/training/loop.py",
+    "raykd/types.py",
+    "raykd/config.py",
+    "raykd/loss_config.py",
+)
 
 
 def name_of(path: Path) -> str:

@@ -61,6 +61,8 @@ def test_the_resolved_config_is_itself_a_valid_config(tmp_path: Path, minimal: s
         ("loss.ce_truth=1", ["loss.ce_truth=1.0", "data.completions=teacher"]),
         ("loss.kd_temperature=2", ["loss.kd_temperature=2", "topk_tail", "topk_renorm"]),
         ("loss={kd_divergence: reverse_kl, kd_support: topk_zero}", ["reverse_kl", "topk_zero", "infinite"]),
+        ("loss.kd_support=full", ["loss.kd_support=full", "teacher.hidden_layers=[]"]),
+        ("loss.intermediate_layer=0.5", ["loss.intermediate_layer=0.5", "teacher.hidden_layers=[]"]),
         ("train.num_workers=64", ["train.sequences_per_step=32", "train.num_workers=64"]),
         ("teacher.kind=oracle", ["teacher", "oracle"]),
     ],

@@ -20,6 +20,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from raykd.data.conversation import Conversation, RowError, json_text, read_conversation
 from raykd.data.extractors import token_mask
+from raykd.data.refinement import read_refinements
 from raykd.types import Prompt, Span
 
 Completions = Literal["teacher", "recorded"]
@@ -66,6 +67,7 @@ def tokenize_row(
     lose their beginning: only whole assistant turns stay supervised, and what is lost is counted. Raises RowError.
     """
     conversation = read_conversation(row, completions)
+    read_refinements(conversation.messages)  # a row whose loops make no sense is refused here
     messages_json, tools_json = json_text(conversation.messages, "messages"), json_text(conversation.tools, "tools")
     if completions == "teacher":
         text = _prompt_text(tokenizer, conversation)

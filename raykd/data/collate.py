@@ -57,8 +57,86 @@ def collate_kd_batch(examples: pa.Table | Sequence[Example], pad_id: int) -> Bat
         topk_ids=torch.from_numpy(topk_ids),
         topk_logprobs=torch.from_numpy(topk_logprobs),
         log_tail=torch.from_numpy(log_tail),
-        has_teacher=torch.from_numpy(top_k[response_row] > 0),
+        has_teacher=torch.from_numpy((topk_logprobs > -np.inf).any(axis=1)),
+        end_index=torch.from_numpy(_last_response(response_index, response_row, rows, width)),
+        quality=_scalar(table, "quality"),
+        pair=_scalar(table, "pair"),
+        reference_logprob=_scalar(table, "reference_logprob"),
+        target_length=_scalar(table, "target_length"),
+        decision_index=torch.from_numpy(place[(flat_marks & Mark.DECISION) != 0]),
+        halt_targets=torch.from_numpy(_flat(table, "halt_targets")[0].astype(np.float32)),
+        response_advantage=_scalar(table, "advantage")[response_row],
+        tool_name_weight=_scalar(table, "tool_name_weight")[response_row],
+        **_pack_sets(table, response_index, width),
+        **_pack_grammar(table, response_index, width),
+        teacher_hidden=_pack_hidden(table, place, rows, width),
     )
+
+
+def _scalar(table: pa.Table, name: str) -> torch.Tensor:
+    return torch.from_numpy(table[name].to_numpy().copy())
+
+
+def _last_response(response_index: np.ndarray, response_row: np.ndarray, rows: int, width: int) -> np.ndarray:
+    """Flattened position of the last response token of each row; of its first token where it has none."""
+    last = np.arange(rows) * width
+    last[response_row] = response_index  # in order: the last one of a row stays
+    return last
+
+
+def _packed_rows(table: pa.Table, name: str, response_index: np.ndarray, width: int) -> np.ndarray:
+    """Index into the N response tokens of the tokens that a column of positions names."""
+    positions, counts = _flat(table, name)
+    flat = positions + np.repeat(np.arange(len(counts)) * width, counts)
+    found = np.searchsorted(response_index, flat)
+    assert np.array_equal(response_index[np.minimum(found, len(response_index) - 1)], flat) or not len(flat), (
+        f"{name} names a token that is no response token"
+    )
+    return found.astype(np.int64)
+
+
+def _pack_sets(table: pa.Table, response_index: np.ndarray, width: int) -> dict[str, torch.Tensor]:
+    """Sets of ids of all rows, one after the other, filled with -1 to the size of the largest."""
+    sizes = _flat(table, "set_sizes")[0].astype(np.int64)
+    ids = np.full((len(sizes), int(sizes.max(initial=0))), -1, dtype=np.int64)
+    ids[np.arange(ids.shape[1]) < sizes[:, None]] = _flat(table, "set_ids")[0]
+    return {
+        "set_row": torch.from_numpy(_packed_rows(table, "set_position", response_index, width)),
+        "set_kind": torch.from_numpy(_flat(table, "set_kind")[0].astype(np.int64)),
+        "set_ids": torch.from_numpy(ids),
+    }
+
+
+def _pack_grammar(table: pa.Table, response_index: np.ndarray, width: int) -> dict[str, torch.Tensor]:
+    """Masks of legal ids of all rows, one under the other, and which of them each argument token has."""
+    mask, counts = _flat(table, "grammar_row")
+    words, num_words = _flat(table, "grammar_masks")
+    num_masks = np.array([int(part.max(initial=-1)) + 1 for part in np.split(mask, np.cumsum(counts)[:-1])])
+    widths = num_words[num_masks > 0] // num_masks[num_masks > 0]
+    assert len(np.unique(widths)) <= 1, f"grammar masks are of different vocabularies: {np.unique(widths)} words"
+    first = np.cumsum(num_masks) - num_masks
+    return {
+        "grammar_row": torch.from_numpy(_packed_rows(table, "grammar_position", response_index, width)),
+        "grammar_mask": torch.from_numpy((mask + np.repeat(first, counts)).astype(np.int64)),
+        "grammar_masks": torch.from_numpy(words.reshape(int(num_masks.sum()), -1 if num_masks.any() else 0).copy()),
+    }
+
+
+def _pack_hidden(table: pa.Table, place: np.ndarray, rows: int, width: int) -> torch.Tensor:
+    """Teacher states [L, B, T, H]; L is 0 unless every row has as many."""
+    layers = table["num_teacher_layers"].to_numpy()
+    num_layers = int(layers.min())
+    if num_layers == 0:
+        return torch.empty(0, rows, width, 0, dtype=torch.float16)
+    assert (layers == num_layers).all(), f"rows have states of {sorted(set(layers.tolist()))} teacher layers"
+    states, counts = _flat(table, "teacher_hidden")
+    lengths = _flat(table, "input_ids")[1]
+    hidden_size = int(counts[0] // (lengths[0] * num_layers))
+    packed = np.zeros((num_layers, rows * width, hidden_size), dtype=np.float16)
+    starts = np.cumsum(lengths) - lengths
+    for start, length, part in zip(starts, lengths, np.split(states, np.cumsum(counts)[:-1]), strict=True):
+        packed[:, place[start : start + length]] = part.reshape(num_layers, length, hidden_size)
+    return torch.from_numpy(packed.reshape(num_layers, rows, width, hidden_size))
 
 
 def _pack_scores(table: pa.Table, top_k: np.ndarray, response_row: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +32,7 @@ def decode_tokens(tokenizer: Any, ids: np.ndarray) -> TokenText:
     decoding prefix by prefix does not grow the text.
     """
     ids = np.asarray(ids)
-    table = _byte_table(tokenizer)
+    table = _byte_table(tokenizer, len(tokenizer))
     if table is None:
         return _decode_by_prefixes(tokenizer, ids)
     data, starts = table
@@ -58,9 +59,21 @@ def decode_tokens(tokenizer: Any, ids: np.ndarray) -> TokenText:
     return TokenText(text, np.stack([first, last], axis=1))
 
 
+def token_bytes(tokenizer: Any) -> list[bytes] | None:
+    """The bytes that every id [V] spells; None where the tokenizer's decoder is of an unknown kind."""
+    table = _byte_table(tokenizer, len(tokenizer))
+    if table is None:
+        return None
+    data, bounds = table[0].tobytes(), table[1].tolist()
+    return [data[start:end] for start, end in pairwise(bounds)]
+
+
 @lru_cache(maxsize=4)
-def _byte_table(tokenizer: Any) -> tuple[np.ndarray, np.ndarray] | None:
-    """Bytes of every token, flat uint8, and their starts [V + 1]; None where the decoder is of an unknown kind."""
+def _byte_table(tokenizer: Any, num_tokens: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Bytes of every token, flat uint8, and their starts [V + 1]; None where the decoder is of an unknown kind.
+
+    `num_tokens`: of the tokenizer, which may be given more.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None

@@ -11,16 +11,25 @@ turn, searched once, and its spans become bits of `Mark` on the tokens.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from raykd.config import Config
+from raykd.data.claims import claim_spans
+from raykd.data.code_mode import code_mode_eligible, code_mode_spans, direct_tool_spans, personal_data
 from raykd.data.detokenize import decode_tokens
+from raykd.data.extractors import extract_tool_calls, token_mask
+from raykd.data.grammar import ToolGrammars, offered_schemas
+from raykd.data.id_sets import CopyIndex, Turn
 from raykd.data.integration import ResultIndex
-from raykd.data.process_targets import mark_turn
+from raykd.data.process_targets import SET_LOSSES, SeenResult, join_turns, process_targets
+from raykd.data.refinement import decisions
+from raykd.loss_config import CodeModeConfig, HaltConfig
 from raykd.types import EXAMPLE_SCHEMA, Example, Mark, Source
 from teacher_serving.identity import vocabulary_size
 
@@ -34,7 +43,25 @@ class BuiltExamples(NamedTuple):
     rejected: pa.Table  # REJECTED_SCHEMA
 
 
-def build_examples(teacher_rows: pa.Table, tokenizer: Any) -> BuiltExamples:
+@dataclass(frozen=True)
+class Wanted:
+    """Which targets the losses of a run look at, and the rules for them. The default: marks of calls and reused values."""
+
+    losses: frozenset[str] = frozenset()
+    grammars: ToolGrammars | None = None  # where json_grammar is active
+    halt: HaltConfig = HaltConfig()  # noqa: RUF009 (frozen)
+    caws_tier: int = 2
+    code_mode: CodeModeConfig = CodeModeConfig()  # noqa: RUF009 (frozen)
+
+    @staticmethod
+    def by(config: Config, tokenizer: Any) -> Wanted:
+        """What a run wants; compiles nothing yet. Errors: ValueError of `ToolGrammars`."""
+        losses = frozenset(config.loss.weights)
+        grammars = ToolGrammars(tokenizer) if "json_grammar" in losses else None
+        return Wanted(losses, grammars, config.halt, config.loss.caws_tier, config.code_mode)
+
+
+def build_examples(teacher_rows: pa.Table, tokenizer: Any, wanted: Wanted = Wanted()) -> BuiltExamples:
     """Examples of a batch of teacher output, in order; rows without usable output are returned apart, with the reason.
 
     A row with a `response_mask` is a recorded conversation: its `output_ids` are the given text, the mask [T] says which of
@@ -50,7 +77,7 @@ def build_examples(teacher_rows: pa.Table, tokenizer: Any) -> BuiltExamples:
         if reason:
             rejected.append({"uid": row.uid, "reason": reason})
         else:
-            examples.append(_build(_without_padding_ids(row, num_ids), tokenizer))
+            examples.append(_build(_without_padding_ids(row, num_ids), tokenizer, wanted))
     return BuiltExamples(examples_to_table(examples), pa.Table.from_pylist(rejected, schema=REJECTED_SCHEMA))
 
 
@@ -71,11 +98,13 @@ class _Row:
     top_k: int
     finish_reason: str
     teacher_id: str
+    num_teacher_layers: int  # L
+    hidden_states: np.ndarray  # [L*(P+T)*H]
 
 
 def _read_row(columns: dict[str, pa.Array], index: int) -> _Row:
     def values(name: str, dtype: Any) -> np.ndarray:
-        cell = columns[name][index].values
+        cell = columns[name][index].values if name in columns else None
         return np.empty(0, dtype) if cell is None else cell.to_numpy(zero_copy_only=False).astype(dtype, copy=False)
 
     def scalar(name: str, default: Any) -> Any:
@@ -97,6 +126,8 @@ def _read_row(columns: dict[str, pa.Array], index: int) -> _Row:
         top_k=scalar("top_k", 0),
         finish_reason=scalar("finish_reason", ""),
         teacher_id=scalar("teacher_id", ""),
+        num_teacher_layers=scalar("num_hidden_layers_shipped", 0),
+        hidden_states=values("hidden_states", np.float16),
     )
 
 
@@ -120,6 +151,12 @@ def _unusable(row: _Row, num_ids: int) -> str | None:
         return f"{len(row.topk_ids)} top-k entries found, expected {length} tokens x K {row.top_k} = {expected}"
     if row.top_k and len(row.log_tail) != length:
         return f"log_tail has {len(row.log_tail)} entries, expected {length}"
+    num_states = row.num_teacher_layers * (len(row.prompt_ids) + length)
+    if len(row.hidden_states) % max(num_states, 1) or bool(num_states) != bool(len(row.hidden_states)):
+        return (
+            f"hidden_states has {len(row.hidden_states)} values, expected a multiple of {row.num_teacher_layers} layers x "
+            f"{len(row.prompt_ids) + length} tokens"
+        )
     return None
 
 
@@ -139,33 +176,79 @@ def _without_padding_ids(row: _Row, num_ids: int) -> _Row:
     )
 
 
-def _build(row: _Row, tokenizer: Any) -> Example:
+def _build(row: _Row, tokenizer: Any, wanted: Wanted) -> Example:
     mask = np.ones(len(row.output_ids), dtype=bool) if row.response_mask is None else row.response_mask
     turns = _runs(mask)
-    results = _results_before(json.loads(row.messages_json), len(turns), recorded=row.response_mask is not None)
-    tool_names = _tool_names(row.tools_json)
-    output_marks = np.zeros(len(mask), dtype=np.uint16)
-    num_calls = num_truncated = 0
+    messages = json.loads(row.messages_json)
+    results = _results_before(messages, len(turns), recorded=row.response_mask is not None)
+    schemas = offered_schemas(row.tools_json)
+    copies = _copies(results, tokenizer) if wanted.losses & SET_LOSSES else {}
+    targets = []
     for (start, end), seen in zip(turns, results, strict=True):
-        text, offsets = decode_tokens(tokenizer, row.output_ids[start:end])
-        turn = mark_turn(text, offsets, seen, tool_names)
-        output_marks[start:end] = turn.marks
-        num_calls += turn.num_calls
-        num_truncated += turn.num_truncated_calls
-    k = row.top_k
+        ids = row.output_ids[start:end]
+        text, offsets = decode_tokens(tokenizer, ids)
+        read = [SeenResult(result, copies.get(id(result))) for result in seen]
+        turn = process_targets(Turn(text, offsets, ids, tokenizer), read, schemas, wanted.losses, wanted.grammars)
+        turn.marks[:] |= _marks_of_text(text, offsets, wanted, seen)
+        targets.append(turn)
+    whole = join_turns([start for start, _ in turns], targets, len(mask))
+    halting = decisions(messages if row.response_mask is not None else [], turns, wanted.halt, default_tier=wanted.caws_tier)
+    whole.marks[halting.position] |= np.uint16(Mark.DECISION)
+    k, num_prompt = row.top_k, len(row.prompt_ids)
     return Example(
         uid=row.uid,
         source=Source.TEACHER if row.response_mask is None else Source.GOLD,
         input_ids=np.concatenate([row.prompt_ids, row.output_ids]),
-        marks=np.concatenate([np.zeros(len(row.prompt_ids), dtype=np.uint16), output_marks]),
+        marks=np.concatenate([np.zeros(num_prompt, dtype=np.uint16), whole.marks]),
         topk_ids=row.topk_ids.reshape(-1, k)[mask] if k else np.empty((int(mask.sum()), 0), np.int32),
         topk_logprobs=row.topk_logprobs.reshape(-1, k)[mask] if k else np.empty((int(mask.sum()), 0), np.float16),
         log_tail=row.log_tail[mask] if k else np.empty(0, np.float32),
         teacher_id=row.teacher_id,
         held_out=row.held_out,
-        num_calls=num_calls,
-        num_truncated_calls=num_truncated,
+        num_calls=whole.num_calls,
+        num_truncated_calls=whole.num_truncated_calls,
+        quality=_quality(messages) if row.response_mask is not None else math.nan,
+        halt_targets=halting.halt,
+        set_position=whole.sets.position + np.int32(num_prompt),
+        set_kind=whole.sets.kind,
+        set_sizes=whole.sets.sizes,
+        set_ids=whole.sets.ids,
+        grammar_position=whole.grammar.position + np.int32(num_prompt),
+        grammar_row=whole.grammar.row,
+        grammar_masks=whole.grammar.masks,
+        teacher_hidden=row.hidden_states.reshape(row.num_teacher_layers, num_prompt + len(mask), -1)
+        if row.num_teacher_layers
+        else np.empty((0, 0, 0), np.float16),
     )
+
+
+def _copies(results: Sequence[Sequence[ResultIndex]], tokenizer: Any) -> dict[int, CopyIndex]:
+    """Each result of the conversation as a `CopyIndex`, by the identity of its `ResultIndex`."""
+    distinct = {id(result): result for seen in results for result in seen}
+    return {key: CopyIndex("\n".join(result.texts), tokenizer) for key, result in distinct.items()}
+
+
+def _marks_of_text(text: str, offsets: np.ndarray, wanted: Wanted, seen: Sequence[ResultIndex]) -> np.ndarray:
+    """Marks [T] of claims, and of code or direct calls where code mode pays, as far as the losses look at them."""
+    marks = np.zeros(len(offsets), dtype=np.uint16)
+    if "claim_extraction" in wanted.losses:
+        marks[token_mask(offsets, claim_spans(text))] |= np.uint16(Mark.CLAIM)
+    if "code_mode_preference" in wanted.losses:
+        calls, code = extract_tool_calls(text), code_mode_spans(text)
+        texts = [part for result in seen for part in result.texts]
+        largest = max((len(part) for part in texts), default=0)
+        private = personal_data(texts, wanted.code_mode.pii_patterns)
+        number = len(calls) + len(code)
+        if code_mode_eligible(np.array([number]), np.array([largest]), np.array([private]), wanted.code_mode)[0]:
+            marks[token_mask(offsets, code)] |= np.uint16(Mark.CODE_MODE)
+            marks[token_mask(offsets, direct_tool_spans(text, calls))] |= np.uint16(Mark.DIRECT_TOOL)
+    return marks
+
+
+def _quality(messages: Sequence[Mapping[str, Any]]) -> float:
+    """Judge's score of the last assistant message; NaN without one."""
+    scores = [message.get("judge_score") for message in messages if message["role"] == "assistant"]
+    return math.nan if not scores or scores[-1] is None else float(scores[-1])
 
 
 def _runs(mask: np.ndarray) -> list[tuple[int, int]]:
@@ -193,16 +276,11 @@ def _results_before(messages: list[dict[str, Any]], num_turns: int, *, recorded:
     return [[] for _ in range(missing)] + before[len(before) - (num_turns - missing) :]
 
 
-def _tool_names(tools_json: str) -> frozenset[str]:
-    return frozenset(tool.get("function", tool)["name"] for tool in json.loads(tools_json))
-
-
 def examples_to_table(examples: Sequence[Example]) -> pa.Table:
     """Examples as a table of `EXAMPLE_SCHEMA`; the teacher's times, which an `Example` does not know, are 0."""
-    lists = {"input_ids", "marks", "topk_ids", "topk_logprobs", "log_tail"}
     columns: list[pa.Array] = []
     for field in EXAMPLE_SCHEMA:
-        if field.name in lists:
+        if pa.types.is_list(field.type):
             columns.append(_list_array([getattr(e, field.name).reshape(-1) for e in examples], field.type))
         elif field.name == "top_k":
             columns.append(pa.array([e.topk_ids.shape[1] for e in examples], type=field.type))
@@ -223,23 +301,21 @@ def _list_array(arrays: list[np.ndarray], list_type: pa.ListType) -> pa.ListArra
 
 def example_from_row(table: pa.Table, index: int) -> Example:
     """Row `index` of a table of `EXAMPLE_SCHEMA`."""
-    row = {name: table[name][index] for name in EXAMPLE_SCHEMA.names}
-    k = row["top_k"].as_py()
-    marks = row["marks"].values.to_numpy()
-    num_response = int(((marks & Mark.RESPONSE) != 0).sum())
-    return Example(
-        uid=row["uid"].as_py(),
-        source=Source(row["source"].as_py()),
-        input_ids=row["input_ids"].values.to_numpy(),
-        marks=marks,
-        topk_ids=row["topk_ids"].values.to_numpy().reshape(num_response, k),
-        topk_logprobs=row["topk_logprobs"].values.to_numpy().reshape(num_response, k),
-        log_tail=row["log_tail"].values.to_numpy(),
-        teacher_id=row["teacher_id"].as_py(),
-        held_out=row["held_out"].as_py(),
-        num_calls=row["num_calls"].as_py(),
-        num_truncated_calls=row["num_truncated_calls"].as_py(),
-    )
+    row: dict[str, Any] = {}
+    for field in EXAMPLE_SCHEMA:
+        cell = table[field.name][index]
+        row[field.name] = cell.values.to_numpy() if pa.types.is_list(field.type) else cell.as_py()
+    del row["teacher_seconds"], row["teacher_wait_seconds"]
+    top_k, layers = row.pop("top_k"), row.pop("num_teacher_layers")
+    num_tokens = len(row["input_ids"])
+    num_response = int(((row["marks"] & Mark.RESPONSE) != 0).sum())
+    row["source"] = Source(row["source"])
+    for name in ("topk_ids", "topk_logprobs"):
+        row[name] = row[name].reshape(num_response, top_k)
+    num_masks = int(row["grammar_row"].max(initial=-1)) + 1
+    row["grammar_masks"] = row["grammar_masks"].reshape(num_masks, -1 if num_masks else 0)
+    row["teacher_hidden"] = row["teacher_hidden"].reshape(layers, num_tokens if layers else 0, -1 if layers else 0)
+    return Example(**row)
 
 
 def decode_spans(example: Example, tokenizer: Any) -> dict[Mark, list[str]]:

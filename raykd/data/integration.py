@@ -60,9 +60,10 @@ class ResultIndex:
     """The values of some tool results, ready to be looked for in any number of texts."""
 
     def __init__(self, tool_results: Iterable[str]):
+        self.texts = tuple(tool_results)
         self._readings: set[tuple[Any, ...]] = set()
         phrases: dict[tuple[str, ...], bool] = {}  # words of a string -> must it stand in capitals
-        for result in tool_results:
+        for result in self.texts:
             for value in _values(result):
                 if isinstance(value, str):
                     self._add_string(value, phrases)

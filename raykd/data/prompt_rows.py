@@ -7,7 +7,6 @@ Out: Parquet files of PROMPT_ROW_SCHEMA, at most PART_ROWS rows each, and a Shar
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ import pyarrow.parquet as pq
 from raykd.data.chat import tokenize_row
 from raykd.data.conversation import RowError
 from raykd.data.readers import RawRow, Shard, read_rows
+from raykd.data.uids import hash_uid
 
 PROMPT_ROW_SCHEMA = pa.schema(
     [
@@ -124,8 +124,8 @@ def prepare_shard(shard: Shard, stem: str, held_out: bool, tokenizer: Any, rules
             rejected.append(Reject(str(shard.file.path), raw.line, str(error)))
             continue
         num_truncated += truncated
-        key_hash = _hash(shard.file.name, row["key"])
-        shelf.add(row, raw.line, key_hash, _hash(row["prompt_ids"]))
+        key_hash = hash_uid(shard.file.name, row["key"])
+        shelf.add(row, raw.line, key_hash, hash_uid(row["prompt_ids"]))
     shelf.flush()
     columns = np.array(shelf.columns, np.int64).reshape(-1, 7).T
     part, row_number, line, uid, key_hash, prompt_hash, num_tokens = columns
@@ -172,7 +172,7 @@ def _prompt_row(raw: RawRow, file: str, held_out: bool, tokenizer: Any, rules: R
     prompt = tokenized.prompt
     row = {name: getattr(prompt, name) for name in PROMPT_ROW_SCHEMA.names}
     recorded = [ids for ids in (prompt.recorded_ids, prompt.response_mask) if ids is not None]
-    row["uid"] = _hash(file, key, prompt.prompt_ids, *recorded)
+    row["uid"] = hash_uid(file, key, prompt.prompt_ids, *recorded)
     return row, tokenized.truncated_tokens > 0
 
 
@@ -194,13 +194,3 @@ def load_tokenizer(folder: str) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
-
-
-def _hash(*parts: str | np.ndarray) -> int:
-    """63-bit hash of the parts, each with its length."""
-    digest = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        data = part.encode() if isinstance(part, str) else np.ascontiguousarray(part).tobytes()
-        digest.update(len(data).to_bytes(8, "little"))
-        digest.update(data)
-    return int.from_bytes(digest.digest(), "little") >> 1

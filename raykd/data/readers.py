@@ -164,11 +164,12 @@ def _read_jsonl(shard: Shard) -> Iterator[RawRow]:
         while stream.tell() < shard.stop:
             text = stream.readline()
             if text.strip():
-                yield _parse_line(line, text)
+                yield parse_line(line, text)
             line += 1
 
 
-def _parse_line(line: int, text: bytes) -> RawRow:
+def parse_line(line: int, text: bytes) -> RawRow:
+    """A JSONL line as a row. Line 1 may begin with a byte-order mark."""
     try:
         value = json.loads(text.decode("utf-8-sig" if line == 1 else "utf-8"))
     except UnicodeDecodeError as error:

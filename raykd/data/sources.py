@@ -92,6 +92,7 @@ def prepare_prompts(config: Config, run_folder: str | Path) -> PromptSet:
     where no training prompt is left.
     """
     folder = Path(run_folder) / "prompts"
+    assert config.data.prompts is not None, "offline files have no prompts to prepare: see offline_stream.py"
     train = find_files(config.data.prompts, "data.prompts")
     held_out = find_files(config.data.held_out, "data.held_out") if config.data.held_out else []
     rules = RowRules(config.teacher.model, config.data.completions, _max_tokens(config), config.data.on_long_prompt)

@@ -28,13 +28,15 @@ from ray.data._internal.execution.backpressure_policy import (
 
 from raykd.config import Config
 from raykd.data.cache import CacheIndex, TeacherCache
-from raykd.data.examples import build_examples
+from raykd.data.curriculum import curriculum_rng, latent_ids, rewrite, stage_at
+from raykd.data.examples import Wanted, build_examples, example_from_row, examples_to_table
 from raykd.data.prompt_rows import load_tokenizer
 from raykd.data.readers import DataError
 from raykd.data.sources import REJECTED_FILE, PromptSet, read_prompt_rows
+from raykd.data.uids import epoch_uid
 from raykd.types import EXAMPLE_SCHEMA
 from teacher_serving.actor import teacher_stage
-from teacher_serving.identity import describe
+from teacher_serving.identity import describe, state_bytes_per_token
 from teacher_serving.types import TEACHER_OUTPUT_SCHEMA
 
 Stage = Callable[[Dataset], Dataset]
@@ -42,11 +44,14 @@ Stage = Callable[[Dataset], Dataset]
 SHUFFLE_WINDOW = 4
 """Part files whose rows are mixed: more mix better and make every block open more files."""
 LEAD_KEY = "raykd.max_lead_bytes"
+GATED_STAGES = ("Teacher", "Prompts", "OfflineReader")
+"""What makes completions, the first that a stream has: names of classes, as they stand in the names of Ray's operators."""
 
 DESCRIPTOR_SCHEMA = pa.schema(
     [
         ("uid", pa.int64()),
         ("epoch_uid", pa.int64()),
+        ("step", pa.int32()),  # optimizer step that the row is for, were all of them equal; -1: held out
         ("file", pa.string()),
         ("row", pa.int32()),
         ("cache_file", pa.string()),  # null: the teacher must be asked
@@ -84,7 +89,7 @@ def example_stream(config: Config, prompt_set: PromptSet, epoch: int, consumed_u
     return answered_stream(config, prompt_set, plan, cache, teacher).map_batches(
         Extractor,
         fn_constructor_kwargs={
-            "tokenizer": config.teacher.model,
+            "config": config,
             "cache": cache,
             "rejects": rejects,
         },
@@ -129,13 +134,14 @@ def set_data_context(config: Config) -> None:
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False
     context.execution_options.preserve_order = config.data.fixed_order
-    context.set_config(LEAD_KEY, config.data.max_lead_tokens * bytes_per_token(config.teacher.top_k))
+    token_bytes = bytes_per_token(config.teacher.top_k, state_bytes_per_token(config.teacher))
+    context.set_config(LEAD_KEY, config.data.max_lead_tokens * token_bytes)
     context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, LeadPolicy])
 
 
-def bytes_per_token(top_k: int) -> int:
-    """Bytes of one completion token of an example: K ids and log-probabilities, tail, id, marks."""
-    return 6 * top_k + 10
+def bytes_per_token(top_k: int, state_bytes: int = 0) -> int:
+    """Bytes of one completion token of an example: K ids and log-probabilities, tail, id, marks, hidden states."""
+    return 6 * top_k + 10 + state_bytes
 
 
 class LeadPolicy(BackpressurePolicy):
@@ -155,8 +161,8 @@ class LeadPolicy(BackpressurePolicy):
         return self._lead_bytes(op) < limit
 
     def _gated(self):
-        ops = {name: op for op in self._topology for name in ("Teacher", "Prompts") if name in op.name}
-        return ops.get("Teacher", ops.get("Prompts"))
+        ops = {name: op for op in self._topology for name in GATED_STAGES if name in op.name}
+        return next((ops[name] for name in GATED_STAGES if name in ops), None)
 
     def _lead_bytes(self, op) -> float:
         behind, found = 0.0, False
@@ -165,17 +171,6 @@ class LeadPolicy(BackpressurePolicy):
             if found:
                 behind += self._resource_manager.get_mem_op_outputs(other)
         return behind + op.metrics.num_tasks_running * (op.metrics.average_bytes_per_output or 0)
-
-
-def epoch_uid(uid: np.ndarray, epoch: int) -> np.ndarray:
-    """Uids of prompts in an epoch, int64, not negative: epoch 0 has the prompts' own, others a mix of both (splitmix64)."""
-    if epoch == 0:
-        return uid
-    with np.errstate(over="ignore"):
-        x = uid.astype(np.uint64) + np.uint64(epoch) * np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return ((x ^ (x >> np.uint64(31))) >> np.uint64(1)).astype(np.int64)
 
 
 def plan_epoch(config: Config, prompt_set: PromptSet, epoch: int, consumed_uids: np.ndarray, cached: CacheIndex) -> pa.Table:
@@ -192,7 +187,9 @@ def plan_epoch(config: Config, prompt_set: PromptSet, epoch: int, consumed_uids:
         rng = np.random.default_rng([config.run.seed, epoch])
         place = rng.permutation(len(parts.dictionary))[parts.indices.to_numpy()]
         train = train[np.lexsort((rng.random(len(train)), place[train] // SHUFFLE_WINDOW))]
-    train = train[~np.isin(epoch_uid(uid[train], epoch), consumed_uids)]
+    step = (np.arange(len(train)) + epoch * len(train)) // config.train.sequences_per_step
+    left = ~np.isin(epoch_uid(uid[train], epoch), consumed_uids)
+    train, step = train[left], step[left]
     if not len(train):
         return DESCRIPTOR_SCHEMA.empty_table()
     chosen = np.concatenate([validation, train])
@@ -202,6 +199,7 @@ def plan_epoch(config: Config, prompt_set: PromptSet, epoch: int, consumed_uids:
         {
             "uid": uid[chosen],
             "epoch_uid": np.concatenate([uid[validation], epoch_uid(uid[train], epoch)]),
+            "step": np.concatenate([np.full(len(validation), -1), step]),
             "file": index["file"].take(pa.array(chosen)),
             "row": index["row"].take(pa.array(chosen)),
             "cache_file": pa.array(names[file], pa.string()),
@@ -230,7 +228,9 @@ class Prompts:
         for name in TEACHER_OUTPUT_SCHEMA.names:
             if name not in prompts.column_names:
                 prompts = prompts.append_column(name, answers[name])
-        return prompts.append_column("epoch_uid", block["epoch_uid"]).append_column("cached", pa.array(cached))
+        for name in ("epoch_uid", "step"):
+            prompts = prompts.append_column(name, block[name])
+        return prompts.append_column("cached", pa.array(cached))
 
 
 @dataclass(frozen=True)
@@ -275,8 +275,11 @@ class Rejects:
 class Extractor:
     """Stage 3: the teacher's answers to examples. Keeps new answers in the cache, and books rows that gave no example."""
 
-    def __init__(self, tokenizer: str, cache: TeacherCache, rejects: Rejects) -> None:
-        self._tokenizer = load_tokenizer(tokenizer)
+    def __init__(self, config: Config, cache: TeacherCache, rejects: Rejects) -> None:
+        self._tokenizer = load_tokenizer(config.teacher.model)
+        self._wanted = Wanted.by(config, self._tokenizer)
+        self._config = config
+        self._latent_ids = latent_ids(self._tokenizer, config.latent) if config.latent.stages else None
         self._cache = cache
         self._rejects = rejects
 
@@ -284,9 +287,26 @@ class Extractor:
         """A block of EXAMPLE_SCHEMA."""
         rows = rows.combine_chunks()
         keep_new(rows, self._cache)
-        examples, rejected = build_examples(rows, self._tokenizer)
+        examples, rejected = build_examples(rows, self._tokenizer, self._wanted)
         self._rejects.add(rows, rejected["uid"].to_pylist(), rejected["reason"].to_pylist())
-        return _finish(rows, examples)
+        return self._with_slots(_finish(rows, examples), rows)
+
+    def _with_slots(self, examples: pa.Table, rows: pa.Table) -> pa.Table:
+        """The latent curriculum: a draw of its own for every row of every epoch, whichever worker rewrites it."""
+        if self._latent_ids is None:
+            return examples
+        step_of = dict(zip(rows["epoch_uid"].to_pylist(), rows["step"].to_pylist(), strict=True))
+        rewritten = []
+        for index, uid in enumerate(examples["uid"].to_pylist()):
+            example, stage = example_from_row(examples, index), stage_at(self._config.latent.stages, step_of[uid])
+            if stage is not None:
+                rng = curriculum_rng(self._config.run.seed, uid, 0)  # the uid is that of the epoch
+                example = rewrite(example, stage, self._latent_ids, rng, self._tokenizer)
+            rewritten.append(example)
+        table = examples_to_table(rewritten)
+        for name in ("teacher_seconds", "teacher_wait_seconds"):
+            table = table.set_column(table.column_names.index(name), EXAMPLE_SCHEMA.field(name), examples[name])
+        return table
 
 
 def keep_new(rows: pa.Table, cache: TeacherCache) -> None:

@@ -215,12 +215,12 @@ SCENES: dict[str, Scene] = {
 }
 
 
-def _fields(values: dict[str, Any]) -> dict[str, Any]:
+def spoken_fields(values: dict[str, Any]) -> dict[str, Any]:
     """Arguments or results as format fields: a nested object contributes its own fields, a list is spoken."""
     spoken: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            spoken |= _fields(value)
+            spoken |= spoken_fields(value)
         else:
             spoken[name] = " and ".join(map(str, value)) if isinstance(value, list) else value
     return spoken
@@ -230,7 +230,7 @@ def _request(rng: random.Random, tool: str) -> tuple[str, dict[str, Any]]:
     """A user's sentence asking for `tool`, and the call it asks for."""
     scene = SCENES[tool]
     arguments = scene.sample(rng)
-    text = rng.choice(scene.requests).format(**_fields(arguments))
+    text = rng.choice(scene.requests).format(**spoken_fields(arguments))
     for name, sample, clause in scene.options:
         if rng.random() < 0.4:
             arguments[name] = sample(rng)
@@ -258,7 +258,7 @@ def _told(call: dict[str, Any], result: dict[str, Any]) -> tuple[str, list[Any]]
     """The sentence that reports a tool's result to the user, and the values of the result it reuses."""
     if "error" in result:
         return f"Sorry, that did not work: {result['error']}.", [result["error"]]
-    sentence = SCENES[call["name"]].answer.format(**_fields(call["arguments"]), **result)
+    sentence = SCENES[call["name"]].answer.format(**spoken_fields(call["arguments"]), **result)
     return sentence, list(result.values())
 
 
@@ -268,7 +268,7 @@ def _is_held_out(text: str) -> bool:
 
 
 @dataclass(frozen=True)
-class _Dialogue:
+class Dialogue:
     """One request and what follows: `calls` it asks for and their `results`, or else a direct `answer`."""
 
     kind: str
@@ -278,15 +278,15 @@ class _Dialogue:
     answer: str
 
 
-def _draw_dialogue(rng: random.Random, kind: str, offered: Sequence[str]) -> _Dialogue | None:
+def _draw_dialogue(rng: random.Random, kind: str, offered: Sequence[str]) -> Dialogue | None:
     """A dialogue of this kind under the offered tools; None where the draw does not fit the kind."""
     if kind == "no_tool":
         text, answer = _chat(rng)
-        return _Dialogue(kind, text, (), (), answer)
+        return Dialogue(kind, text, (), (), answer)
     if kind == "no_fitting_tool":
         missing = rng.choice([name for name in SCENES if name not in offered])
         text, _ = _request(rng, missing)
-        return _Dialogue(kind, text, (), (), f"Sorry, I have no tool to {SCENES[missing].purpose}.")
+        return Dialogue(kind, text, (), (), f"Sorry, I have no tool to {SCENES[missing].purpose}.")
     num_calls = 2 if kind == "two_calls" or (kind == "tool_result" and rng.random() < 0.25) else 1
     texts, calls = zip(*(_request(rng, rng.choice(offered)) for _ in range(num_calls)), strict=True)
     results = tuple(json.loads(call_tool(call["name"], call["arguments"])) for call in calls)
@@ -294,12 +294,10 @@ def _draw_dialogue(rng: random.Random, kind: str, offered: Sequence[str]) -> _Di
     if (kind == "tool_error" and not failed) or (kind == "tool_result" and failed) or calls[1:] == calls[:1]:
         return None
     sentences = [_told(call, result)[0] for call, result in zip(calls, results, strict=True)]
-    return _Dialogue(kind, " Also: ".join(texts), calls, results, " ".join(sentences))
+    return Dialogue(kind, " Also: ".join(texts), calls, results, " ".join(sentences))
 
 
-def _fitting_dialogue(
-    rng: random.Random, kind: str, split: str, num_offered: tuple[int, int]
-) -> tuple[_Dialogue, list[str]]:
+def fitting_dialogue(rng: random.Random, kind: str, split: str, num_offered: tuple[int, int]) -> tuple[Dialogue, list[str]]:
     """Draw offered tools (at least and at most so many) and a dialogue until the kind and the side are right."""
     while True:
         offered = rng.sample(tuple(SCENES), rng.randint(*num_offered))
@@ -315,11 +313,11 @@ def generate(num: int, seed: int, split: str) -> Iterator[dict[str, Any]]:
     or tool message. Its gold fields say what the next assistant turn must be: `gold_calls` (empty: no call),
     `gold_answer` (its text) and `gold_values` (the values of the tool results which that text reuses).
     """
-    rng = _random(seed, split)
+    rng = seeded(seed, split)
     for index in range(num):
         kind = _draw_kind(rng, KINDS)
-        dialogue, offered = _fitting_dialogue(rng, kind, split, (2, 4))
-        user, *rest = _messages(dialogue)
+        dialogue, offered = fitting_dialogue(rng, kind, split, (2, 4))
+        user, *rest = messages_of(dialogue)
         row = {"id": f"{split}-{seed}-{index}", "kind": kind, "tools": openai_tools(offered)}
         if kind in ("one_call", "two_calls"):
             yield row | {"messages": [user], "gold_calls": list(dialogue.calls), "gold_answer": "", "gold_values": []}
@@ -333,18 +331,18 @@ def generate(num: int, seed: int, split: str) -> Iterator[dict[str, Any]]:
 
 def generate_conversations(num: int, seed: int, split: str, max_requests: int = 3) -> Iterator[dict[str, Any]]:
     """`num` whole conversations (`id`, `messages`, `tools`) of 1 to max_requests requests, assistant turns included."""
-    rng = _random(seed, split)
+    rng = seeded(seed, split)
     for index in range(num):
-        dialogue, offered = _fitting_dialogue(rng, _draw_kind(rng, TEACHING_KINDS), split, (1, 4))
-        messages = _messages(dialogue)
+        dialogue, offered = fitting_dialogue(rng, _draw_kind(rng, TEACHING_KINDS), split, (1, 4))
+        messages = messages_of(dialogue)
         for _ in range(rng.randrange(max_requests)):
             further = _draw_dialogue(rng, _draw_kind(rng, TEACHING_KINDS), offered)
             if further and _is_held_out(further.text) == (split == "held_out"):
-                messages += _messages(further)
+                messages += messages_of(further)
         yield {"id": f"{split}-{seed}-{index}", "tools": openai_tools(offered), "messages": messages}
 
 
-def _random(seed: int, split: str) -> random.Random:
+def seeded(seed: int, split: str) -> random.Random:
     if split not in ("train", "held_out"):
         raise ValueError(f"split is {split!r}, expected 'train' or 'held_out'")
     return random.Random(f"{seed}/{split}")
@@ -354,7 +352,7 @@ def _draw_kind(rng: random.Random, shares: dict[str, float]) -> str:
     return rng.choices(tuple(shares), tuple(shares.values()))[0]
 
 
-def _messages(dialogue: _Dialogue) -> list[dict[str, Any]]:
+def messages_of(dialogue: Dialogue) -> list[dict[str, Any]]:
     """The dialogue from the user's text to the closing answer, in the OpenAI form."""
     messages: list[dict[str, Any]] = [{"role": "user", "content": dialogue.text}]
     if dialogue.calls:

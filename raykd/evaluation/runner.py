@@ -171,6 +171,7 @@ def _engine_config(config: Config, path: Path, name: str, teacher: TeacherInfo, 
         ),
         "max_model_len": teacher.max_model_len,
         "top_k": config.teacher.top_k if keep_scores else 1,
+        "hidden_layers": (),
         "num_replicas": 1,
         "max_replicas": None,
     }

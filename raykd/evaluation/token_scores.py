@@ -13,10 +13,11 @@ import pyarrow as pa
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from raykd.config import LossConfig, StudentConfig
+from raykd.config import StudentConfig
 from raykd.data.collate import collate_kd_batch
 from raykd.data.examples import build_examples
 from raykd.evaluation.metrics import Score
+from raykd.loss_config import LossConfig
 from raykd.losses.combine import combine, loss_counts
 from raykd.student.model import Student, load_student
 

@@ -66,10 +66,10 @@ def head_logprobs(
         logprobs: [N, C] float32 (float64 for float64 input), log q(ids) under the full softmax.
         log_tail: [N] likewise, log of the mass outside the support; -inf where the support is the whole vocabulary.
     """
-    hidden = _match_autocast(hidden)
+    hidden = match_autocast(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
         logits, tail, owner = _HeadLogits.apply(
-            hidden, weight, bias, ids, support, _chunk_rows(chunk_rows, hidden, weight), num_valid_ids
+            hidden, weight, bias, ids, support, choose_chunk_rows(chunk_rows, hidden, weight), num_valid_ids
         )
         return _normalise(logits, tail, owner)[:2]
 
@@ -94,12 +94,12 @@ def head_loss(
         loss: scalar, the sum over chunks. It can be differentiated once: backward hands the gradients over, not copies.
         statistics: the sum over chunks of what rows_loss returned beside the loss.
     """
-    hidden = _match_autocast(hidden)
+    hidden = match_autocast(hidden)
     if not torch.is_grad_enabled():  # a Function cannot tell: inside, gradients are always off
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     with torch.autocast(hidden.device.type, enabled=False):
         return _HeadLoss.apply(
-            hidden, weight, bias, ids, support, rows_loss, _chunk_rows(chunk_rows, hidden, weight), num_valid_ids
+            hidden, weight, bias, ids, support, rows_loss, choose_chunk_rows(chunk_rows, hidden, weight), num_valid_ids
         )
 
 
@@ -108,7 +108,7 @@ class _HeadLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, ids, support, chunk_rows, num_valid_ids):  # pyright: ignore[reportIncompatibleMethodOverride]  (theirs: *args)
-        head = _Head(hidden, weight, bias, chunk_rows, num_valid_ids)
+        head = ChunkedHead(hidden, weight, bias, chunk_rows, num_valid_ids)
         selected = hidden.new_empty(ids.shape, dtype=head.logits_dtype)
         tail = hidden.new_empty(ids.shape[:1], dtype=head.logits_dtype)
         owner = torch.empty_like(support)
@@ -125,8 +125,8 @@ class _HeadLogits(torch.autograd.Function):
     def backward(ctx, grad_selected, grad_tail, _):  # pyright: ignore[reportIncompatibleMethodOverride]  (theirs: *args)
         hidden, weight, bias, ids, support = ctx.saved_tensors
         with torch.autocast(hidden.device.type, enabled=False):
-            head = _Head(hidden, weight, bias, ctx.chunk_rows, ctx.num_valid_ids)
-            gradients = _Gradients(head, *ctx.needs_input_grad[:3])
+            head = ChunkedHead(hidden, weight, bias, ctx.chunk_rows, ctx.num_valid_ids)
+            gradients = HeadGradients(head, *ctx.needs_input_grad[:3])
             for rows, logits in head.chunks():
                 _take_support_(logits, ids[rows], support[rows])
                 _tail_softmax_(logits, may_be_empty=ids.shape[1] >= head.num_valid_ids)
@@ -137,9 +137,9 @@ class _HeadLogits(torch.autograd.Function):
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, ids, support, rows_loss, chunk_rows, num_valid_ids):  # pyright: ignore[reportIncompatibleMethodOverride]  (theirs: *args)
-        head = _Head(hidden, weight, bias, chunk_rows, num_valid_ids)
+        head = ChunkedHead(hidden, weight, bias, chunk_rows, num_valid_ids)
         needs_gradient = any(ctx.needs_input_grad)
-        gradients = _Gradients(head, *ctx.needs_input_grad[:3])
+        gradients = HeadGradients(head, *ctx.needs_input_grad[:3])
         losses, statistics = [], []
         for rows, logits in head.chunks():
             selected, owner = _take_support_(logits, ids[rows], support[rows])
@@ -173,7 +173,7 @@ class _HeadLoss(torch.autograd.Function):
         return *(g if g is None else g.mul_(grad_loss) for g in gradients), None, None, None, None, None
 
 
-class _Head:
+class ChunkedHead:
     """The forward GEMM, chunk by chunk into one reused buffer."""
 
     def __init__(
@@ -208,10 +208,10 @@ class _Head:
             yield rows, logits
 
 
-class _Gradients:
+class HeadGradients:
     """The two backward GEMMs, summed over chunks; only those that are asked for."""
 
-    def __init__(self, head: _Head, needs_hidden: bool, needs_weight: bool, needs_bias: bool) -> None:
+    def __init__(self, head: ChunkedHead, needs_hidden: bool, needs_weight: bool, needs_bias: bool) -> None:
         self.head = head
         accumulate = head.logits_dtype
         self.hidden = torch.zeros_like(head.hidden) if needs_hidden else None
@@ -282,14 +282,14 @@ def _normalise(selected: Tensor, tail: Tensor, owner: Tensor) -> tuple[Tensor, T
     return selected - log_total[:, None], tail - log_total, log_total
 
 
-def _match_autocast(hidden: Tensor) -> Tensor:
+def match_autocast(hidden: Tensor) -> Tensor:
     """Follow CUDA autocast, whose lower precision buys speed here; on a CPU it buys none."""
     if hidden.is_cuda and torch.is_autocast_enabled("cuda"):
         return hidden.to(torch.get_autocast_dtype("cuda"))
     return hidden
 
 
-def _chunk_rows(chunk_rows: int | None, hidden: Tensor, weight: Tensor) -> int:
+def choose_chunk_rows(chunk_rows: int | None, hidden: Tensor, weight: Tensor) -> int:
     assert hidden.shape == (hidden.shape[0], weight.shape[1]), (
         f"hidden must be [N, H] and weight [V, H], got {list(hidden.shape)} and {list(weight.shape)}"
     )

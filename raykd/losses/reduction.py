@@ -29,3 +29,17 @@ def masked_sum(values: Tensor, weight: Tensor) -> TokenLoss:
 def divide(total: Tensor, count: Tensor) -> Tensor:
     """total / count, and total itself (which is 0) where the count is 0."""
     return total / torch.where(count > 0, count, torch.ones_like(count))
+
+
+def log1mexp(log_p: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x <= 0: of log q(v) the log of the probability that v is not written; `-log1mexp` is unlikelihood.
+
+    Exact to rounding on the whole range (two branches, Mächler 2012); gradient -1 / expm1(-x). The largest x is one rounding
+    step below 0, so that value and gradient stay finite where a probability has rounded to 1; at -inf both are 0.
+    """
+    log_p = log_p.clamp(max=-torch.finfo(log_p.dtype).eps)
+    small = log_p < -0.6931471805599453
+    # Each branch sees a harmless value where the other one is taken: a NaN gradient times 0 would be NaN.
+    far = torch.where(small, log_p, -1.0)
+    near = torch.where(small, -0.5, log_p)
+    return torch.where(small, torch.log1p(-far.exp()), torch.log(-torch.expm1(near)))

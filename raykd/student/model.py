@@ -6,6 +6,8 @@ Out: `Student`: input_ids -> StudentOutput; the head's weight for the losses; a 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,12 +22,19 @@ from transformers import (
 )
 
 from raykd.config import StudentConfig
+from raykd.student.heads import HALT, SELF_EVALUATION, read_head
+from raykd.student.latent import fill_slots
 from raykd.types import StudentOutput
 from teacher_serving.identity import vocabulary_size
 
 
 class Student(nn.Module):
-    """A causal LM in float32 whose forward pass ends at the final norm; logits are the business of the losses."""
+    """A causal LM in float32 whose forward pass ends at the final norm; logits are the business of the losses.
+
+    Beside it stand the `heads` of the losses that need one (student/heads.py). `layers` names the decoder layers, counted
+    from 0, whose outputs a forward pass is to hand out; `detach_self_evaluation` keeps that head's gradient to itself. With
+    `latent_loops` the inputs at `slot_id` are the student's own states (student/latent.py).
+    """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, saved_dtype: torch.dtype):
         """`saved_dtype` is what config.json of a saved student names: the type that servers load it in."""
@@ -33,14 +42,45 @@ class Student(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.saved_dtype = saved_dtype
+        self.heads = nn.ModuleDict()
+        self.layers: tuple[int, ...] = ()
+        self.slot_id: int | None = None
+        self.latent_loops = 0
+        self.detach_self_evaluation = False
 
-    def forward(self, input_ids: torch.Tensor) -> StudentOutput:
-        """Hidden states [B, T, H] after the final norm, for input_ids [B, T] padded on the right.
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        decision_index: torch.Tensor | None = None,
+        end_index: torch.Tensor | None = None,
+    ) -> StudentOutput:
+        """One pass over input_ids [B, T] padded on the right: all that the losses look at, and nothing else.
 
         No attention mask: a causal model never looks to the right, so padding there reaches no real position, and without
         a mask the fast causal kernels run. What comes out at padding is finite and meaningless.
+
+        Args:
+            decision_index: int64 [D] in the flattened [B*T]; where the halt head, if there is one, is read. D may be 0.
+            end_index: int64 [B] in the flattened [B*T]; where the self-evaluation head, if there is one, is read.
         """
-        return StudentOutput(hidden=self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state)
+        inputs = {"input_ids": input_ids}
+        if self.latent_loops:
+            filled = fill_slots(self.model, input_ids, input_ids == self.slot_id, loops=self.latent_loops)
+            inputs = {"inputs_embeds": filled}
+        with _layer_outputs(self.model, self.layers) as layers:
+            hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+        halt_logits = quality_logits = None
+        if HALT in self.heads and decision_index is not None:
+            halt_logits = read_head(self.heads[HALT], hidden, decision_index)
+        if SELF_EVALUATION in self.heads and end_index is not None:
+            read_from = hidden.detach() if self.detach_self_evaluation else hidden
+            quality_logits = read_head(self.heads[SELF_EVALUATION], read_from, end_index).squeeze(-1)
+        return StudentOutput(hidden, tuple(layers[layer] for layer in self.layers), halt_logits, quality_logits)
+
+    @property
+    def hidden_size(self) -> int:
+        """H: width of the hidden states."""
+        return self.head_weight.shape[1]
 
     @property
     def head_weight(self) -> torch.Tensor:
@@ -69,6 +109,35 @@ class Student(nn.Module):
         self.model.config.save_pretrained(folder)
         self.model.config.dtype = trained_dtype
         self.tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _layer_outputs(model: PreTrainedModel, layers: tuple[int, ...]) -> Iterator[dict[int, torch.Tensor]]:
+    """Within: the outputs [B, T, H] of these decoder layers, by layer, as a forward pass comes by them.
+
+    The hooks are gone before the backward pass, so that gradient checkpointing does not run into them again.
+    """
+    found: dict[int, torch.Tensor] = {}
+
+    def keep(layer: int):
+        def hook(_module: nn.Module, _inputs: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+            found[layer] = output if isinstance(output, torch.Tensor) else output[0]
+
+        return hook
+
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            module = model.get_submodule(f"{_stack_name(model)}.{layer}")
+            stack.callback(module.register_forward_hook(keep(layer)).remove)
+        yield found
+
+
+def _stack_name(model: PreTrainedModel) -> str:
+    """Name of the list of decoder layers."""
+    num_layers = model.config.num_hidden_layers
+    return next(
+        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == num_layers
+    )
 
 
 def _head(model: PreTrainedModel) -> nn.Linear:
@@ -148,10 +217,7 @@ def _load_strictly(config: StudentConfig) -> PreTrainedModel:
 
 def _cut(whole: PreTrainedModel, layers: tuple[int, ...], model: PreTrainedModel) -> PreTrainedModel:
     """Fill `model`, which has only `len(layers)` layers, with those layers of `whole` and with all that is no layer."""
-    num_layers = whole.config.num_hidden_layers
-    stack = next(
-        name for name, module in whole.named_modules() if isinstance(module, nn.ModuleList) and len(module) == num_layers
-    )
+    stack = _stack_name(whole)
     weights = whole.state_dict()
     kept = {name: tensor for name, tensor in weights.items() if not name.startswith(f"{stack}.")}
     for new, old in enumerate(layers):

@@ -3,6 +3,7 @@
 In:  a `Snapshot` of the run. Out: `<run>/checkpoints/checkpoint-<step>/`, and the same parts back.
 
     student/                a plain Hugging Face folder with tokenizer: serve it, evaluate it, train on from it
+    heads.safetensors       heads and projections, which are no part of the folder that is served; only where there are any
     optimizer.safetensors   Adam's moments by parameter name
     rng-<rank>.safetensors  random state of every rank
     ledger.npy              sorted int64 uids of the sequences that went into optimizer steps since the run began
@@ -30,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from raykd.student.heads import load_heads, save_heads
 from raykd.student.model import Student
 
 MANIFEST = "manifest.json"
@@ -37,6 +39,7 @@ STATE = "state.json"
 LEDGER = "ledger.npy"
 OPTIMIZER = "optimizer.safetensors"
 STUDENT = "student"
+HEADS = "heads.safetensors"
 
 
 class CheckpointError(ValueError):
@@ -91,6 +94,8 @@ def save_checkpoint(run_folder: Path, snapshot: Snapshot, keep: int) -> Path:
 def _write(folder: Path, snapshot: Snapshot) -> None:
     folder.mkdir()
     snapshot.student.save(folder / STUDENT)
+    if len(snapshot.student.heads):
+        save_heads(snapshot.student.heads, folder / HEADS)
     save_file(snapshot.optimizer, folder / OPTIMIZER)
     for rank, tensors in enumerate(snapshot.rng):
         save_file(tensors, folder / f"rng-{rank}.safetensors")
@@ -187,6 +192,16 @@ def read_rng(folder: Path, rank: int, world_size: int) -> dict[str, Tensor] | No
     if len(list(folder.glob("rng-*.safetensors"))) != world_size:
         return None
     return load_file(folder / f"rng-{rank}.safetensors")
+
+
+def restore_heads(folder: Path, student: Student) -> None:
+    """Fill the student's heads from a verified checkpoint. Errors: CheckpointError when it is not of exactly these heads."""
+    if not len(student.heads) and not (folder / HEADS).exists():
+        return
+    try:
+        load_heads(student.heads, folder / HEADS)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def optimizer_tensors(student: Student, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

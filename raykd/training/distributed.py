@@ -20,24 +20,33 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import ray.train
 import torch
 from ray.train.torch import TorchTrainer, get_device
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from raykd.cli import set_up_logging
 from raykd.config import Config
-from raykd.data.examples import decode_spans, example_from_row
+from raykd.data.examples import decode_spans, example_from_row, examples_to_table
+from raykd.data.prompt_rows import load_tokenizer
 from raykd.data.sources import PromptSet
 from raykd.data.stream import build_dataset
+from raykd.data.text_scores import text_rewards
+from raykd.student.generation import generate
+from raykd.student.model import student_config
 from raykd.tracing import Tracer, quiet_ray
 from raykd.training.checkpoint import latest_checkpoint, read_ledger
 from raykd.training.feed import Feed
 from raykd.training.loop import Log, fit
+from raykd.training.loss_context import make_context
 from raykd.training.ranks import Ranks
-from raykd.training.trainer import make_trainer
+from raykd.training.rollouts import Score, rollout_examples
+from raykd.training.trainer import Trainer, make_trainer
+from raykd.types import Batch
 from teacher_serving.actor import teacher_environment
 from teacher_serving.faults import VARIABLE as FAULT_VARIABLE
 from teacher_serving.faults import planned_fault
@@ -188,6 +197,8 @@ def _train(settings: EpochSettings) -> EpochResult:
     config, run_folder = settings.config, settings.run_folder
     torch.set_num_threads(config.train.threads_per_worker)
     ranks = Ranks.of_process_group()
+    tokenizer = load_tokenizer(config.student.tokenizer or config.student.model)
+    context, projections = make_context(config, tokenizer, student_config(config.student))
     trainer = make_trainer(
         config,
         run_folder,
@@ -195,9 +206,10 @@ def _train(settings: EpochSettings) -> EpochResult:
         teacher=asdict(settings.teacher),
         ranks=ranks,
         device=get_device() if config.train.use_gpu else torch.device("cpu"),
+        context=context,
+        projections=projections,
     )
     trainer.progress.epoch = settings.epoch
-    tokenizer = trainer.student.tokenizer
     tables = rows_of_this_worker()
     if ranks.rank == 0 and trainer.progress.step == 0:
         tables = show_an_example(tables, tokenizer)
@@ -206,6 +218,7 @@ def _train(settings: EpochSettings) -> EpochResult:
     assert pad_id is None or isinstance(pad_id, int), f"one padding token expected, found {pad_id!r}"
     feed = Feed(tables, share, config.train.max_tokens_per_micro_batch, pad_id=pad_id or 0)
     stop_file = run_folder / STOP_FILE
+    sample_rows = rollouts_of(trainer, feed, settings.teacher) if config.rollouts.prompts_per_step else None
     with _tracing(config, run_folder, ranks, trainer.progress.step) as log:
         stopped = fit(
             trainer,
@@ -213,8 +226,60 @@ def _train(settings: EpochSettings) -> EpochResult:
             log=log,
             stop=lambda: ranks.rank == 0 and stop_file.exists(),
             before_step=planned_faults(stop_file),
+            sample_rows=sample_rows,
         )
     return EpochResult(trainer.progress.step, stopped)
+
+
+def rollouts_of(trainer: Trainer, feed: Feed, teacher: TeacherInfo) -> Callable[[pa.Table, int], list[Batch]]:
+    """What samples, scores and batches the student's own answers to some prompts of a step (this rank's share of them)."""
+    config, ranks, score = trainer.config, trainer.ranks, score_in_ray(trainer.config)
+    options = config.rollouts
+    share = ranks.share(options.prompts_per_step)
+
+    def sample_rows(table: pa.Table, step: int) -> list[Batch]:
+        if step % options.every or not share:
+            return []
+        examples = [example_from_row(table, index) for index in range(min(share, table.num_rows))]
+        seed = hash((config.run.seed, step, ranks.rank)) % 2**63
+
+        def sample(prompts: list[np.ndarray]) -> list[np.ndarray]:
+            answers = generate(
+                trainer.student,
+                prompts,
+                max_tokens=options.max_tokens,
+                temperature=options.temperature,
+                seed=seed,
+                eos_ids=teacher.eos_token_ids,
+            )
+            return [answer.ids for answer in answers]
+
+        made = rollout_examples(
+            examples, trainer.student.tokenizer, options, sample=sample, score=score, eos_ids=teacher.eos_token_ids
+        )
+        trainer.meters.add_numbers({"reward": torch.tensor(made.rewards.sum()), "rollouts": torch.tensor(made.rewards.size)})
+        return feed.batches(examples_to_table(made.examples))
+
+    return sample_rows
+
+
+def score_in_ray(config: Config, num_tasks: int = 4) -> Score:
+    """What rewards sampled responses (data/text_scores.py) in that many Ray tasks, on any CPU of the cluster.
+
+    The tasks ask for no logical CPU: the stream's actors may hold all of them, and wait for this step in their turn.
+    """
+    outside = PlacementGroupSchedulingStrategy(placement_group=None)  # pyright: ignore[reportArgumentType]: none of ours
+    remote: Any = ray.remote(num_cpus=0, scheduling_strategy=outside)  # its stub knows no keyword arguments
+    task = remote(text_rewards)
+    options = {"caws": config.rollouts.caws, "claims": config.rollouts.claims, "tier": config.loss.caws_tier}
+
+    def score(texts: list[str], teacher_texts: list[str]) -> np.ndarray:
+        size = max(1, -(-len(texts) // num_tasks))
+        chunks = [slice(start, start + size) for start in range(0, len(texts), size)]
+        parts = ray.get([task.remote(texts[chunk], teacher_texts[chunk], **options) for chunk in chunks])
+        return np.concatenate([np.empty(0), *parts])
+
+    return score
 
 
 def planned_faults(stop_file: Path) -> Callable[[int], None]:

@@ -24,6 +24,7 @@ class StepRows:
 
     batches: list[Batch]  # empty when this rank has run dry
     uid: np.ndarray  # int64 [B]
+    table: pa.Table  # EXAMPLE_SCHEMA
     numbers: dict[str, float]  # sequences, tokens, seconds waited
 
 
@@ -49,7 +50,7 @@ class Feed:
         waited = time.perf_counter() - start
         rows = self._waiting.slice(0, self._rows_per_step)
         self._waiting = self._waiting.slice(self._rows_per_step)
-        return StepRows(self.batches(rows), rows["uid"].to_numpy(), _numbers(rows) | {"wait/teacher_s": waited})
+        return StepRows(self.batches(rows), rows["uid"].to_numpy(), rows, _numbers(rows) | {"wait/teacher_s": waited})
 
     def batches(self, rows: pa.Table) -> list[Batch]:
         """Cut rows into micro-batches of similar lengths within the token budget."""

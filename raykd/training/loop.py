@@ -12,12 +12,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 
+import pyarrow as pa
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from raykd.config import LossConfig
+from raykd.loss_config import LossConfig
 from raykd.losses.combine import combine, loss_counts
+from raykd.losses.context import LossContext
 from raykd.training.feed import Feed
 from raykd.training.meters import Sums, add_report, mean_losses, to_host
 from raykd.training.schedules import learning_rate
@@ -33,13 +35,23 @@ class NotFiniteError(ValueError):
     """Too many steps in a row had a loss or gradient that is no number."""
 
 
-def fit(trainer: Trainer, feed: Feed, *, log: Log, stop: Callable[[], bool], before_step: Callable[[int], None]) -> bool:
+def fit(
+    trainer: Trainer,
+    feed: Feed,
+    *,
+    log: Log,
+    stop: Callable[[], bool],
+    before_step: Callable[[int], None],
+    sample_rows: Callable[[pa.Table, int], list[Batch]] | None = None,
+) -> bool:
     """Train on what the feed yields, from the trainer's step on; leave a checkpoint. Collective.
 
     Args:
         log: called on every rank with (step, metrics); only rank 0's is meant to write.
         stop: asked once a step; when any rank says yes, all leave after a checkpoint.
         before_step: called with the number of the step that is about to be made, the first being 1.
+        sample_rows: called with a step's rows and the number of steps made; what the student itself answers to them, as
+            micro-batches on top of the step's own.
 
     Returns whether it was stopped, rather than the rows (or train.max_steps) at their end. Errors: NotFiniteError after
     `max_skipped_steps` skipped steps in a row.
@@ -48,12 +60,17 @@ def fit(trainer: Trainer, feed: Feed, *, log: Log, stop: Callable[[], bool], bef
     stopped = False
     while limit is None or progress.step < limit:
         rows = feed.next_step()  # blocks while the teacher is slower
-        agreed = trainer.ranks.sum(rows.numbers | {"stop": stop()} | count_tokens(rows.batches, trainer.config.loss))
+        batches = rows.batches + (sample_rows(rows.table, progress.step) if sample_rows and rows.batches else [])
+        losses = trainer.losses_now()
+        measured = trainer.loss_state.measure(batches, losses)
+        counted = count_tokens(batches, losses, trainer.context)
+        agreed = trainer.ranks.sum(rows.numbers | {"stop": stop()} | counted | measured)
         stopped = bool(agreed["stop"])
         if stopped or not agreed["sequences"]:
             break
         before_step(progress.step + 1)
-        step(trainer, rows.batches or [feed.idle_batch()], agreed)
+        trainer.loss_state = trainer.loss_state.updated(agreed, losses)
+        step(trainer, batches or [feed.idle_batch()], agreed, losses)
         trainer.recent.append(rows.uid)
         trainer.meters.add_numbers(agreed)
         progress.sequences += int(agreed["sequences"])
@@ -66,17 +83,17 @@ def fit(trainer: Trainer, feed: Feed, *, log: Log, stop: Callable[[], bool], bef
     return stopped
 
 
-def step(trainer: Trainer, batches: list[Batch], counts: Mapping[str, Tensor]) -> None:
+def step(trainer: Trainer, batches: list[Batch], counts: Mapping[str, Tensor], losses: LossConfig) -> None:
     """One optimizer step: this rank's micro-batches, and `counts`, the tokens of every loss over all ranks. Collective.
 
     A loss or gradient that is not finite never reaches the weights: the step is skipped on all ranks alike.
     """
     world_size = trainer.ranks.world_size
-    counts = _on_device(trainer, counts)
+    counts = _on_device(trainer, counts, losses)
     sums: Sums = {}
     for index, batch in enumerate(batches):
         with trainer.exchange_gradients(now=index == len(batches) - 1):
-            report = _forward(trainer, trainer.model, batch.to(trainer.device), counts)
+            report = _forward(trainer, trainer.model, batch.to(trainer.device), counts, losses)
             add_report(sums, report)
             # A total that is no number makes every gradient one, and so, once they are added up, the norm on every rank.
             finite = torch.where(torch.isfinite(sums["total"]), 1.0, torch.nan)
@@ -84,7 +101,8 @@ def step(trainer: Trainer, batches: list[Batch], counts: Mapping[str, Tensor]) -
     grad_norm = torch.nn.utils.clip_grad_norm_(trainer.student.parameters(), trainer.config.train.max_grad_norm)
     if torch.isfinite(grad_norm):  # the one time per step that the host waits for the device
         for group in trainer.optimizer.param_groups:
-            group["lr"] = learning_rate(trainer.progress.step, trainer.num_steps, trainer.config.train)
+            rate = learning_rate(trainer.progress.step, trainer.num_steps, trainer.config.train)
+            group["lr"] = rate * group["lr_scale"]
         trainer.optimizer.step()
         trainer.progress.skipped_in_a_row = 0
         trainer.meters.add_losses(sums | {"grad_norm": grad_norm / world_size})
@@ -94,32 +112,25 @@ def step(trainer: Trainer, batches: list[Batch], counts: Mapping[str, Tensor]) -
     trainer.progress.step += 1
 
 
-def count_tokens(batches: list[Batch], config: LossConfig) -> dict[str, float]:
+def count_tokens(batches: list[Batch], losses: LossConfig, context: LossContext) -> dict[str, float]:
     """Count of every active loss over some micro-batches that are still on the host; 0 where there are none."""
-    counts = dict.fromkeys(config.weights, 0.0)
+    counts = dict.fromkeys(losses.weights, 0.0)
     for batch in batches:
-        for name, count in loss_counts(batch, config).items():
+        for name, count in loss_counts(batch, losses, context).items():
             counts[name] += count.item()  # a tensor of the host
     return counts
 
 
-def _on_device(trainer: Trainer, counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: counts[name].to(trainer.device, torch.float32) for name in trainer.config.loss.weights}
+def _on_device(trainer: Trainer, counts: Mapping[str, Tensor], losses: LossConfig) -> dict[str, Tensor]:
+    return {name: counts[name].to(trainer.device, torch.float32) for name in losses.weights}
 
 
-def _forward(trainer: Trainer, model: nn.Module, batch: Batch, counts: Mapping[str, Tensor]) -> LossReport:
-    student = trainer.student
+def _forward(
+    trainer: Trainer, model: nn.Module, batch: Batch, counts: Mapping[str, Tensor], losses: LossConfig
+) -> LossReport:
     with trainer.autocast():
-        output = model(batch.input_ids)
-        return combine(
-            batch,
-            output,
-            student.head_weight,
-            trainer.config.loss,
-            counts,
-            head_bias=student.head_bias,
-            num_valid_ids=student.num_valid_ids,
-        )
+        output = model(batch.input_ids, batch.decision_index, batch.end_index)
+        return combine(batch, output, trainer.head, losses, counts, trainer.context_now())
 
 
 def _skip(trainer: Trainer, batches: list[Batch], grad_norm: Tensor) -> None:
@@ -154,7 +165,7 @@ def _once_in_a_while(trainer: Trainer, feed: Feed, log: Log, *, at_end: bool) ->
 def _metrics(trainer: Trainer) -> dict[str, float]:
     """The log entry of the steps since the last one. Collective."""
     progress = trainer.progress
-    entry = trainer.meters.read(trainer.ranks, trainer.config.loss.weights)
+    entry = trainer.meters.read(trainer.ranks, trainer.losses_now().weights)
     trainer.meters.clear()
     return {
         "epoch": progress.epoch,
@@ -170,11 +181,13 @@ def _metrics(trainer: Trainer) -> dict[str, float]:
 def validate(trainer: Trainer, feed: Feed) -> dict[str, float]:
     """Losses and metrics on the held-out rows that have come by on all ranks; empty without any. Collective."""
     batches = [batch for table in feed.held_out for batch in feed.batches(table)]
-    counts = trainer.ranks.sum(count_tokens(batches, trainer.config.loss))
+    losses = trainer.losses_now()
+    counts = trainer.ranks.sum(count_tokens(batches, losses, trainer.context))
     sums: Sums = {}
     trainer.student.eval()
     for batch in batches or [feed.idle_batch()]:
-        add_report(sums, _forward(trainer, trainer.student, batch.to(trainer.device), _on_device(trainer, counts)))
+        on_device = _on_device(trainer, counts, losses)
+        add_report(sums, _forward(trainer, trainer.student, batch.to(trainer.device), on_device, losses))
     trainer.student.train()
     total = {name: value.item() for name, value in trainer.ranks.sum(to_host(sums)).items()}
-    return mean_losses(total, trainer.config.loss.weights, steps=1) if any(counts.values()) else {}
+    return mean_losses(total, losses.weights, steps=1) if any(counts.values()) else {}

@@ -69,6 +69,8 @@ class Meters:
         entry["wait/teacher_s"] = sums.get("wait/teacher_s", 0.0) / ranks.world_size / steps
         entry["wait/trainer_s"] = sums.get("wait/trainer_s", 0.0) / steps
         entry["seconds"] = seconds / steps
+        if "rollouts" in sums:
+            entry["reward"] = sums["reward"] / sums["rollouts"]
         return entry
 
 

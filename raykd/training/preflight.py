@@ -20,9 +20,16 @@ from transformers import AutoTokenizer, PretrainedConfig
 
 from raykd.config import Config
 from raykd.data.readers import find_files
+from raykd.losses.intermediate import layer_pairs
 from raykd.student.model import count_parameters, student_config
 from teacher_serving.connect import resolve_device
-from teacher_serving.identity import describe, vocabulary_fingerprint, vocabulary_size
+from teacher_serving.identity import (
+    describe,
+    read_text_config,
+    state_bytes_per_token,
+    vocabulary_fingerprint,
+    vocabulary_size,
+)
 from teacher_serving.types import TeacherInfo
 
 BYTES_PER_CHECKPOINT_PARAMETER = 12  # float32 weights and two Adam moments
@@ -65,6 +72,7 @@ def check(config: Config) -> Plan:
     teacher = describe(config.teacher)
     architecture = student_config(config.student)
     _check_vocabulary(config, teacher, architecture.vocab_size)
+    _check_layers(config, architecture.num_hidden_layers)
     max_positions = getattr(architecture, "max_position_embeddings", teacher.max_model_len)
     if max_positions < teacher.max_model_len:
         raise PreflightError(
@@ -108,6 +116,19 @@ def _check_vocabulary(config: Config, teacher: TeacherInfo, student_vocab_size: 
     if config.teacher.top_k > min(num_tokens, student_vocab_size):
         raise PreflightError(
             f"teacher.top_k={config.teacher.top_k} is more than the vocabulary's {num_tokens} tokens: choose a smaller top_k"
+        )
+
+
+def _check_layers(config: Config, num_student_layers: int) -> None:
+    """The teacher layers that the losses need are shipped. `describe` has checked that they exist."""
+    loss, shipped = config.loss, config.teacher.hidden_layers
+    num_teacher_layers = read_text_config(Path(config.teacher.model))["num_hidden_layers"]
+    if "intermediate_layer" in loss.weights:
+        layer_pairs(loss.layer_map, num_student_layers, num_teacher_layers, shipped)
+    if "kd" in loss.weights and loss.kd_support == "full" and shipped[-1] != num_teacher_layers - 1:
+        raise PreflightError(
+            f"loss.kd_support=full with teacher.hidden_layers={list(shipped)}: it needs the state after the teacher's last "
+            f"layer; add {num_teacher_layers - 1} to teacher.hidden_layers"
         )
 
 
@@ -198,11 +219,12 @@ def _arithmetic(config: Config, plan: Plan, num_prompts: int | None) -> Table:
     )
     table.add_row("one checkpoint", _mib(parameters * BYTES_PER_CHECKPOINT_PARAMETER))
     teacher, top_k = plan.teacher, config.teacher.top_k
+    token_bytes = 6 * top_k + 12 + state_bytes_per_token(config.teacher)
     table.add_row("teacher", f"{teacher.teacher_id}, fingerprint {teacher.fingerprint}, top-{top_k}")
     table.add_row(
         "teacher output",
-        f"{6 * top_k + 12} bytes a token on the wire; at most {config.data.max_lead_tokens:,} tokens ahead of the trainer "
-        f"= {_mib(config.data.max_lead_tokens * (6 * top_k + 12))}",
+        f"{token_bytes} bytes a token on the wire; at most {config.data.max_lead_tokens:,} tokens ahead of the trainer "
+        f"= {_mib(config.data.max_lead_tokens * token_bytes)}",
     )
     return table
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raykd.config import Config, TrainConfig
+from raykd.loss_config import LossConfig
+from raykd.losses.context import Head, LossContext
+from raykd.student.heads import make_heads, projections_of
 from raykd.student.model import Student, load_student
 from raykd.training.checkpoint import (
     STUDENT,
@@ -27,10 +30,12 @@ from raykd.training.checkpoint import (
     read_ledger,
     read_rng,
     read_state,
+    restore_heads,
     restore_optimizer,
     save_checkpoint,
     verify,
 )
+from raykd.training.loss_state import LossState, run_losses
 from raykd.training.meters import Meters
 from raykd.training.ranks import Ranks
 from raykd.training.rng import restore_rng, rng_state, seed_everything
@@ -63,10 +68,25 @@ class Trainer:
     student: Student
     model: nn.Module  # the student itself, or DDP around it
     optimizer: torch.optim.Optimizer
+    context: LossContext = field(default_factory=LossContext)
+    loss_state: LossState = field(default_factory=LossState)
     progress: Progress = field(default_factory=Progress)
     meters: Meters = field(default_factory=Meters)
     consumed: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # ledger of the newest checkpoint; rank 0
     recent: list[np.ndarray] = field(default_factory=list)  # this rank's uids since then
+
+    @property
+    def head(self) -> Head:
+        """The student's LM head; rows beyond its tokenizer are padding."""
+        return Head(self.student.head_weight, self.student.head_bias, self.student.num_valid_ids)
+
+    def losses_now(self) -> LossConfig:
+        """The losses of the next step: schedules applied, numbers filled in that the run has measured."""
+        return self.loss_state.losses_at(run_losses(self.config), self.progress.step, self.progress.response_tokens)
+
+    def context_now(self) -> LossContext:
+        """The context with the scale of the teacher's layers as measured so far."""
+        return replace(self.context, rms=self.loss_state.rms().to(self.device)) if self.context.layer_pairs else self.context
 
     def autocast(self) -> torch.autocast:
         """Precision of the forward pass."""
@@ -95,6 +115,7 @@ class Trainer:
             "world_size": self.ranks.world_size,
             "teacher": dict(self.teacher),
             "config": self.config.model_dump(mode="json"),
+            "losses": self.loss_state.to_json(),
         }
         snapshot = Snapshot(
             student=self.student,
@@ -114,11 +135,14 @@ def make_trainer(
     teacher: Mapping[str, Any],
     ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
     device: torch.device = torch.device("cpu"),  # noqa: B008 (frozen)
+    context: LossContext | None = None,
+    projections: Mapping[int, tuple[int, int]] | None = None,
 ) -> Trainer:
     """A trainer at the run's newest checkpoint, or at its beginning. Collective.
 
-    `num_steps` is the length of the whole run. Errors: CheckpointError when that checkpoint is damaged or of another
-    student, ValueError of `load_student`.
+    `num_steps` is the length of the whole run. `context` is what the losses know beside batch and config, and `projections`
+    (student layer -> width in, width out) names the layers that need one into the teacher's width. Errors:
+    CheckpointError when the checkpoint is damaged or of another student or other heads, ValueError of `load_student`.
     """
     checkpoint = latest_checkpoint(run_folder)
     seed_everything(config.run.seed + ranks.rank)
@@ -128,6 +152,15 @@ def make_trainer(
         verify(checkpoint)
         as_saved = {"model": str(checkpoint / STUDENT), "tokenizer": None, "random_weights": False, "layers": None}
         student = load_student(config.student.model_copy(update=as_saved), config.run.seed)
+    context = context or LossContext()
+    student.layers = tuple(context.layer_pairs)
+    if config.latent.stages and config.latent.mode == "continuous":
+        student.slot_id = student.tokenizer.get_vocab()[config.latent.slot]
+        student.latent_loops = config.latent.loops
+    student.detach_self_evaluation = config.loss.self_evaluation_detach
+    student.heads = make_heads(student.hidden_size, config.loss.weights, projections, seed=config.run.seed)
+    if checkpoint is not None:
+        restore_heads(checkpoint, student)
     student.to(device)
     if config.train.gradient_checkpointing:
         student.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -142,6 +175,12 @@ def make_trainer(
         student=student,
         model=student if ranks.world_size == 1 else _replicated(student, device),
         optimizer=optimizer,
+        context=replace(
+            context,
+            projections=projections_of(student.heads),
+            opening_ids=context.opening_ids.to(device),
+        ),
+        loss_state=LossState(layer_squares=(0.0,) * context.num_teacher_layers),
     )
     if checkpoint is not None:
         _restore(trainer, checkpoint)
@@ -149,13 +188,23 @@ def make_trainer(
 
 
 def make_optimizer(student: Student, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; matrices decay, vectors (norms, biases) do not."""
-    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    """AdamW; matrices decay, vectors (norms, biases) do not. Heads may have a peak learning rate of their own.
+
+    A group's `lr_scale` is its share of the scheduled learning rate, which the loop sets before every step.
+    """
+    head_scale = (config.head_learning_rate or config.learning_rate) / config.learning_rate
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [p for p in module.parameters() if p.requires_grad and (p.ndim >= 2) == decays],
+            "weight_decay": config.weight_decay if decays else 0.0,
+            "lr_scale": lr_scale,
+        }
+        for module, lr_scale in ((student.model, 1.0), (student.heads, head_scale))
+        for decays in (True, False)
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=config.learning_rate, betas=config.betas, fused=True
+    )
 
 
 def _replicated(student: Student, device: torch.device) -> DistributedDataParallel:
@@ -170,6 +219,7 @@ def _replicated(student: Student, device: torch.device) -> DistributedDataParall
 def _restore(trainer: Trainer, checkpoint: Path) -> None:
     state = read_state(checkpoint)
     trainer.progress = Progress(**{name: state[name] for name in asdict(Progress())})
+    trainer.loss_state = LossState.from_json(state["losses"])
     restore_optimizer(checkpoint, trainer.student, trainer.optimizer)
     trainer.consumed = read_ledger(checkpoint)
     rng = read_rng(checkpoint, trainer.ranks.rank, trainer.ranks.world_size)

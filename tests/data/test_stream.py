@@ -26,11 +26,11 @@ from raykd.data.stream import (
     Rejects,
     build_dataset,
     bytes_per_token,
-    epoch_uid,
     example_stream,
     plan_epoch,
     teacher_cache,
 )
+from raykd.data.uids import epoch_uid
 from raykd.training.distributed import users_mistake
 from raykd.types import EXAMPLE_SCHEMA
 from teacher_serving.types import TEACHER_OUTPUT_SCHEMA
@@ -179,7 +179,7 @@ def test_an_extractor_keeps_answers_books_rows_without_one_and_gives_the_uids_of
     cache = TeacherCache(str(tmp_path / "cache"), "f")
     rejects = Rejects(str(tmp_path / "rejected.jsonl"), num_rows=10, num_rejected=0, limit=0.1)
     rows = answer_rows(Prompts(prompt_set.folder, cache)(block), failing=(2,))
-    extractor = Extractor(str(tiny_model_path), cache, rejects)
+    extractor = Extractor(config_for(tmp_path, tiny_model_path), cache, rejects)
     examples = extractor(rows)
     assert examples.schema == EXAMPLE_SCHEMA
     assert examples["uid"].to_pylist() == [uid for i, uid in enumerate(block["epoch_uid"].to_pylist()) if i != 2]

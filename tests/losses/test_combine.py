@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from raykd.config import LossConfig
+from raykd.loss_config import LossConfig
 from raykd.losses.combine import combine, loss_counts
+from raykd.losses.context import Head
 from raykd.losses.cross_entropy import json_argument_loss
 from raykd.losses.kd import dense_kd_loss, sparse_kd_loss
 from raykd.types import Batch, LossReport, Mark, Source, StudentOutput
@@ -47,6 +48,7 @@ def make_batch() -> Batch:
         topk_logprobs=teacher.gather(1, order[:, :K]).masked_fill(~has_teacher[:, None], -torch.inf),
         log_tail=teacher.gather(1, order[:, K:]).logsumexp(dim=1).masked_fill(~has_teacher, 0.0),
         has_teacher=has_teacher,
+        tool_name_weight=torch.ones(len(index)),
     )
 
 
@@ -60,7 +62,8 @@ def take(batch: Batch, sequences: list[int], width: int = T, padding: int = 0) -
         return torch.nn.functional.pad(t[sequences][:, :width], (0, padding))
 
     packed = {
-        n: getattr(batch, n)[keep] for n in ("response_source", "topk_ids", "topk_logprobs", "log_tail", "has_teacher")
+        n: getattr(batch, n)[keep]
+        for n in ("response_source", "topk_ids", "topk_logprobs", "log_tail", "has_teacher", "tool_name_weight")
     }
     return Batch(
         uid=batch.uid[sequences],
@@ -78,7 +81,9 @@ def make_model() -> tuple[Tensor, Tensor]:
     return embedding, torch.randn(V, H, generator=g).double().requires_grad_()
 
 
-def run(batches: list[Batch], config: LossConfig = EVERYTHING, **options) -> tuple[list[LossReport], list[Tensor]]:
+def run(
+    batches: list[Batch], config: LossConfig = EVERYTHING, num_valid_ids: int | None = None, **options
+) -> tuple[list[LossReport], list[Tensor]]:
     """One optimizer step: counts over all micro-batches first, then forward and backward of each."""
     embedding, head = make_model()
     counts: dict[str, Tensor] = {}
@@ -88,7 +93,7 @@ def run(batches: list[Batch], config: LossConfig = EVERYTHING, **options) -> tup
     reports = []
     for batch in batches:
         hidden = torch.nn.functional.embedding(batch.input_ids, embedding).cumsum(dim=1).tanh()
-        reports.append(combine(batch, StudentOutput(hidden), head, config, counts, **options))
+        reports.append(combine(batch, StudentOutput(hidden), Head(head, None, num_valid_ids), config, counts, **options))
         reports[-1].total.backward()
     gradients = [p.grad for p in (embedding, head) if p.grad is not None]
     return reports, gradients
@@ -167,11 +172,11 @@ def test_the_hidden_state_of_one_position_earlier_predicts_a_token():
     # hidden[t] is the one-hot code of token t+1: right exactly if the loss looks one position back.
     following = torch.roll(batch.input_ids, -1, dims=1)
     hidden = torch.nn.functional.one_hot(following, V).double() * 50
-    report = combine(batch, StudentOutput(hidden), torch.eye(V).double(), config, loss_counts(batch, config))
+    report = combine(batch, StudentOutput(hidden), Head(torch.eye(V).double()), config, loss_counts(batch, config))
     assert report.total < 1e-12
     assert report.metrics["response_accuracy"].mean() == 1
     unshifted = torch.nn.functional.one_hot(batch.input_ids, V).double() * 50
-    wrong = combine(batch, StudentOutput(unshifted), torch.eye(V).double(), config, loss_counts(batch, config))
+    wrong = combine(batch, StudentOutput(unshifted), Head(torch.eye(V).double()), config, loss_counts(batch, config))
     assert wrong.total > 10
 
 
@@ -206,12 +211,12 @@ def test_the_argmax_target_is_the_teachers_most_likely_token_wherever_it_scored_
     hidden = torch.zeros(B * T, V).double()
     hidden[batch.response_index - 1] = torch.nn.functional.one_hot(batch.topk_ids[:, 0], V).double() * 50
     output = StudentOutput(hidden.unflatten(0, (B, T)))
-    report = combine(batch, output, torch.eye(V).double(), config, loss_counts(batch, config))
+    report = combine(batch, output, Head(torch.eye(V).double()), config, loss_counts(batch, config))
     assert report.total < 1e-12
     assert report.parts["ce_teacher"].count == 7 + 4
     assert report.metrics["teacher_agreement"].mean() == 1
     sampled = config.model_copy(update={"ce_teacher_target": "sampled"})
-    assert combine(batch, output, torch.eye(V).double(), sampled, loss_counts(batch, sampled)).total > 10
+    assert combine(batch, output, Head(torch.eye(V).double()), sampled, loss_counts(batch, sampled)).total > 10
 
 
 def test_a_batch_without_teacher_scores_trains_on_the_other_losses():
@@ -233,7 +238,10 @@ def test_a_batch_without_response_tokens_gives_zero_and_zero_gradients():
         batch,
         marks=torch.zeros_like(batch.marks),
         response_index=none,
-        **{n: getattr(batch, n)[:0] for n in ("response_source", "topk_ids", "topk_logprobs", "log_tail", "has_teacher")},
+        **{
+            n: getattr(batch, n)[:0]
+            for n in ("response_source", "topk_ids", "topk_logprobs", "log_tail", "has_teacher", "tool_name_weight")
+        },
     )
     (report,), gradients = run([empty])
     assert report.total == 0
@@ -247,7 +255,7 @@ def test_evaluation_without_gradients_gives_the_same_report():
     embedding, head = make_model()
     hidden = torch.nn.functional.embedding(batch.input_ids, embedding).cumsum(dim=1).tanh()
     with torch.no_grad():
-        got = combine(batch, StudentOutput(hidden), head, EVERYTHING, loss_counts(batch, EVERYTHING))
+        got = combine(batch, StudentOutput(hidden), Head(head), EVERYTHING, loss_counts(batch, EVERYTHING))
     assert not got.total.requires_grad
     torch.testing.assert_close(got.total, want.total.detach())
     for name, part in want.parts.items():

@@ -27,11 +27,19 @@ def test_kind_chooses_the_teacher():
         ({"device": "cpu", "num_gpus": 1}, "num_gpus"),
         ({"device": "cpu", "tensor_parallel_size": 2}, "tensor_parallel_size"),
         ({"num_gpus": 1, "tensor_parallel_size": 2}, "tensor_parallel_size"),
+        ({"hidden_layers": (3,)}, "kind: vllm cannot ship hidden states, use kind: hf"),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(options: dict, word: str):
     with pytest.raises(ValidationError, match=word):
         VllmTeacherConfig(model="m", **options)
+
+
+@pytest.mark.parametrize("layers", [(1, 0), (0, 0), (-1,)])
+def test_hidden_layers_are_named_once_and_in_order(layers: tuple[int, ...]):
+    assert HfTeacherConfig(model="m", hidden_layers=(0, 3)).hidden_layers == (0, 3)
+    with pytest.raises(ValidationError, match="rising order"):
+        HfTeacherConfig(model="m", hidden_layers=layers)
 
 
 def test_an_actor_asks_for_the_gpus_its_engine_spreads_over_and_for_none_on_the_cpu():

@@ -42,8 +42,9 @@ def test_weights_move_after_a_step_and_not_while_gradients_gather(student_path, 
     assert len(rows.batches) >= 4
     before, during = weights(trainer), []
     trainer.student.register_forward_pre_hook(lambda *_: during.append(weights(trainer)))
-    counts = trainer.ranks.sum(count_tokens(rows.batches, config.loss))
-    step(trainer, rows.batches, counts)
+    losses = trainer.losses_now()
+    counts = trainer.ranks.sum(count_tokens(rows.batches, losses, trainer.context))
+    step(trainer, rows.batches, counts, losses)
     assert len(during) == len(rows.batches)
     assert all(largest_difference(before, seen) == 0 for seen in during)
     after = weights(trainer)

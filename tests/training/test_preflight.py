@@ -50,6 +50,20 @@ def test_other_vocabularies_are_refused_with_both_fingerprints(base: list[str], 
     assert check(configured(base)).teacher.vocabulary_fingerprint in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["loss.kd_support=full", "teacher.hidden_layers=[0]"], r"kd_support=full.*add 1 to teacher\.hidden_layers"),
+        (["loss.intermediate_layer=1", "teacher.hidden_layers=[5]"], r"hidden_layers=\[5\].*has 2 layers"),
+        (["loss.intermediate_layer=1", "teacher.hidden_layers=[1]", "loss.layer_map={0: 0}"], "layer_map compares with"),
+    ],
+)
+def test_hidden_layers_that_a_loss_needs_are_checked(base: list[str], overrides: list[str], words: str):
+    with pytest.raises(ValueError, match=words):
+        check(configured(base, *overrides))
+    check(configured(base, "loss.kd_support=full", "loss.intermediate_layer=1", "teacher.hidden_layers=[0, 1]"))
+
+
 def test_an_lm_head_smaller_than_the_tokenizer_is_refused(base: list[str], tiny_model_path: Path, tmp_path: Path):
     other = tmp_path / "narrow"
     shutil.copytree(tiny_model_path, other)

@@ -84,6 +84,9 @@ def make_rows(num_rows: int, *, seed: int = 0, held_out: bool = False, lengths: 
                 "teacher_id": "random",
                 "num_calls": 0,
                 "num_truncated_calls": 0,
+                "pair": 0,
+                "num_teacher_layers": 0,
+                "tool_name_weight": 1.0,
                 "teacher_seconds": 0.1,
                 "teacher_wait_seconds": 0.0,
             }

@@ -1,0 +1,241 @@
+"""Files of offline data: what is in them, found once, and single rows read back without holding a file in memory.
+
+In:  JSONL (rows of `offline_fields.py`, an optional header line), or Parquet: of such rows, of TEACHER_OUTPUT_SCHEMA (with
+     the prompts' columns or without), or of EXAMPLE_SCHEMA.
+Out: a `FileIndex` per file, 20 bytes a row; examples by (file, position).
+
+A header is the first line that is not blank, an object with `__header__`: true, or the header itself in it. Of its entries
+`dataset_fingerprint` (or `dataset_sha256`), the SHA-256 of all other lines that are not blank, and `vocabulary_fingerprint`
+are checked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raykd.data.conversation import RowError
+from raykd.data.examples import example_from_row
+from raykd.data.offline_rows import RowReader, check_row
+from raykd.data.prompt_rows import Reject
+from raykd.data.readers import DataError, RawRow, parse_line
+from raykd.types import EXAMPLE_SCHEMA, Example, Mark
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["jsonl", "rows", "teacher", "examples"]
+"""jsonl; Parquet of offline rows, of teacher output, of examples."""
+
+
+@dataclass(frozen=True)
+class FileIndex:
+    """Where the N usable rows of a file are."""
+
+    path: str
+    kind: Kind
+    position: np.ndarray  # int64 [N], byte of the line (jsonl) or number of the row (Parquet)
+    line: np.ndarray  # int32 [N], 1-based
+    uid: np.ndarray  # int64 [N]
+    rejected: list[Reject]
+    fingerprint: str  # SHA-256 of the rows (jsonl), of uids and layout (Parquet)
+    header: Mapping[str, Any]
+
+
+def index_file(path: str | Path, vocabulary_fingerprint: str | None = None) -> FileIndex:
+    """Read a file once and note where its rows are; rows that cannot be used are rejected with line and reason.
+
+    Raises DataError for a file that cannot be read, and for a header that does not fit the rows or the vocabulary.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; expected a JSONL or Parquet file of offline data")
+    try:
+        return _index_parquet(path) if path.suffix in (".parquet", ".pq") else _index_jsonl(path, vocabulary_fingerprint)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def _index_jsonl(path: Path, vocabulary_fingerprint: str | None) -> FileIndex:
+    found: list[tuple[int, int, int]] = []
+    rejected: list[Reject] = []
+    digest = hashlib.sha256()
+    header: Mapping[str, Any] = {}
+    start, is_first = 0, True
+    with path.open("rb") as stream:
+        for line, text in enumerate(stream, 1):
+            position, start = start, start + len(text)
+            if not text.strip():
+                continue
+            raw = parse_line(line, text)
+            if is_first and "__header__" in raw.value:
+                header = raw.value["__header__"] if isinstance(raw.value["__header__"], dict) else raw.value
+            else:
+                digest.update(text)
+                _note(raw, position, path, found, rejected)
+            is_first = False
+    fingerprint = digest.hexdigest()
+    _check_header(path, header, fingerprint, vocabulary_fingerprint)
+    positions, lines, uids = np.array(found, np.int64).reshape(-1, 3).T
+    return FileIndex(str(path), "jsonl", positions, lines.astype(np.int32), uids, rejected, fingerprint, header)
+
+
+def _note(raw: RawRow, position: int, path: Path, found: list[tuple[int, int, int]], rejected: list[Reject]) -> None:
+    """Check a row as far as it goes without a tokenizer, and keep its place or the reason against it."""
+    try:
+        if raw.error:
+            raise RowError(raw.error)
+        found.append((position, raw.line, check_row(raw.value)))
+    except RowError as error:
+        rejected.append(Reject(str(path), raw.line, str(error)))
+
+
+def _check_header(path: Path, header: Mapping[str, Any], fingerprint: str, vocabulary_fingerprint: str | None) -> None:
+    stated = header.get("dataset_fingerprint") or header.get("dataset_sha256")
+    if stated is not None and stated != fingerprint:
+        raise DataError(
+            f"{path}: the header says dataset_fingerprint {stated}, the rows have {fingerprint}: the file was changed "
+            "after it was written; write it anew, or remove the entry from the header"
+        )
+    vocabulary = header.get("vocabulary_fingerprint")
+    if vocabulary is not None and vocabulary_fingerprint not in (None, vocabulary):
+        raise DataError(
+            f"{path}: its token ids are of vocabulary {vocabulary}, the tokenizer has {vocabulary_fingerprint}: take that "
+            "tokenizer, map the ids (raykd.student.tokenizer.remap_ids), or leave them out and keep the texts"
+        )
+
+
+def _index_parquet(path: Path) -> FileIndex:
+    file = pq.ParquetFile(path)
+    names = set(file.schema_arrow.names)
+    if {"uid", "input_ids", "marks"} <= names or {"uid", "prompt_ids", "output_ids", "finish_reason"} <= names:
+        uids = file.read(columns=["uid"])["uid"].to_numpy().astype(np.int64)
+        positions, rejected = np.arange(len(uids)), []
+        kind: Kind = "examples" if "marks" in names else "teacher"
+    else:
+        found: list[tuple[int, int, int]] = []
+        rejected: list[Reject] = []
+        rows = (row for batch in file.iter_batches(batch_size=256) for row in batch.to_pylist())
+        for position, row in enumerate(rows):
+            _note(RawRow(position + 1, row), position, path, found, rejected)
+        positions, _, uids = np.array(found, np.int64).reshape(-1, 3).T
+        kind = "rows"
+    digest = hashlib.sha256(np.ascontiguousarray(uids).tobytes())
+    groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+    digest.update(json.dumps([[g.num_rows, g.total_byte_size] for g in groups] + sorted(names)).encode())
+    lines = (positions + 1).astype(np.int32)
+    return FileIndex(str(path), kind, positions, lines, uids, rejected, digest.hexdigest(), {})
+
+
+def read_examples(path: str, kind: Kind, positions: np.ndarray, reader: RowReader) -> list[Example | str]:
+    """The rows at these positions, in this order: an example each, or the reason why there is none.
+
+    Raises DataError where the file has changed since it was indexed.
+    """
+    if kind == "jsonl":
+        return reader.examples(_read_lines(path, positions))
+    table = _take(path, positions)
+    if kind == "rows":
+        return reader.examples(table.to_pylist())
+    vocab_size = reader.num_ids
+    if kind == "examples":
+        table = _with_all_columns(table)
+        return [_example_problem(table, i, vocab_size) or example_from_row(table, i) for i in range(table.num_rows)]
+    return _from_teacher_output(table, reader, vocab_size)
+
+
+def _read_lines(path: str, positions: np.ndarray) -> list[dict[str, Any]]:
+    rows = []
+    with open(path, "rb") as stream:
+        for position in positions.tolist():
+            stream.seek(position)
+            raw = parse_line(1 if position == 0 else 2, stream.readline())
+            if raw.error:
+                raise DataError(f"{path} has changed while it was in use: at byte {position} {raw.error}")
+            rows.append(raw.value)
+    return rows
+
+
+def _take(path: str, positions: np.ndarray) -> pa.Table:
+    """Rows of a Parquet file by number, in the order asked; reads only their row groups."""
+    with pq.ParquetFile(path) as file:
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+        starts = np.cumsum([0, *sizes])
+        if len(positions) and positions.max() >= starts[-1]:
+            raise DataError(f"{path} has changed while it was in use: row {positions.max()} of {starts[-1]} asked for")
+        groups, which = np.unique(np.searchsorted(starts, positions, side="right") - 1, return_inverse=True)
+        table = file.read_row_groups(groups.tolist())
+    inside = positions - starts[groups][which]
+    read_starts = np.cumsum([0, *(sizes[group] for group in groups)])
+    return table.take(pa.array(read_starts[which] + inside)).combine_chunks()
+
+
+def _from_teacher_output(table: pa.Table, reader: RowReader, vocab_size: int) -> list[Example | str]:
+    """Rows of the teacher's output; without the prompts' columns its messages and tools are unknown."""
+    uids = table["uid"].to_pylist()
+    place = table.schema.get_field_index("uid")
+    table = table.set_column(place, "uid", pa.array(np.arange(table.num_rows)))
+    results: dict[int, Example | str] = {}
+    for index in range(table.num_rows):
+        problem = _ids_problem(table, index, ("prompt_ids", "output_ids", "topk_ids"), vocab_size)
+        if problem:
+            results[index] = problem
+    built, rejected = reader.build(table.filter(pa.array([i not in results for i in range(len(uids))])), reader.tokenizer)
+    results |= dict(zip(rejected["uid"].to_pylist(), rejected["reason"].to_pylist(), strict=True))
+    for position in range(built.num_rows):
+        example = example_from_row(built, position)
+        results[example.uid] = dataclasses.replace(example, uid=uids[example.uid])
+    return [results[index] for index in range(len(uids))]
+
+
+def _ids_problem(table: pa.Table, index: int, names: Sequence[str], vocab_size: int) -> str | None:
+    for name in names:
+        values = table[name][index].values
+        ids = np.empty(0, np.int32) if values is None else values.to_numpy()
+        if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
+            return f"`{name}` holds ids from {ids.min()} to {ids.max()}, expected 0 to {vocab_size - 1}: the tokenizer's"
+    return None
+
+
+def _example_problem(table: pa.Table, index: int, vocab_size: int) -> str | None:
+    """What is wrong with a stored example, or None."""
+    row = {name: table[name][index] for name in ("input_ids", "marks", "topk_ids", "topk_logprobs", "log_tail")}
+    lengths = {name: len(cell.values) if cell.is_valid else 0 for name, cell in row.items()}
+    top_k = table["top_k"][index].as_py()
+    if not lengths["input_ids"] or lengths["marks"] != lengths["input_ids"]:
+        return f"`marks` has {lengths['marks']} entries for {lengths['input_ids']} tokens, expected one for each"
+    is_response = (row["marks"].values.to_numpy() & Mark.RESPONSE) != 0
+    num_response = int(is_response.sum())
+    if not num_response or is_response[0]:
+        return "no token is marked as response" if not num_response else "the first token is a response: nothing predicts it"
+    if {lengths["topk_ids"], lengths["topk_logprobs"]} != {num_response * top_k} or (
+        top_k and lengths["log_tail"] != num_response
+    ):
+        return (
+            f"{lengths['topk_ids']} top-k ids, {lengths['topk_logprobs']} log-probabilities, {lengths['log_tail']} tails; "
+            f"expected {num_response} response tokens x K {top_k}"
+        )
+    return _ids_problem(table, index, ("input_ids", "topk_ids", "set_ids"), vocab_size)
+
+
+def _with_all_columns(table: pa.Table) -> pa.Table:
+    """Add the columns that older files of examples lack."""
+    defaults = {f.name: f.default for f in dataclasses.fields(Example) if f.default is not dataclasses.MISSING}
+    columns = []
+    for field in EXAMPLE_SCHEMA:
+        if field.name in table.column_names:
+            columns.append(table[field.name].cast(field.type))
+        elif pa.types.is_list(field.type):
+            columns.append(pa.array([[]] * table.num_rows, field.type))
+        else:
+            columns.append(pa.array([defaults.get(field.name, 0)] * table.num_rows, field.type))
+    return pa.table(columns, schema=EXAMPLE_SCHEMA)

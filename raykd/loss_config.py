@@ -1,0 +1,337 @@
+"""Options of the losses, and of what only losses need: latent spans, halting, code mode, rollouts. A part of config.py."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Weight = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tvd", "skewed_forward_kl", "skewed_reverse_kl"]
+Support = Literal["topk_tail", "topk_renorm", "topk_zero", "full"]
+
+LOSSES = (
+    "kd",
+    "ce_teacher",
+    "ce_truth",
+    "tool_name",
+    "tool_choice",
+    "json_argument",
+    "json_grammar",
+    "integration_copy",
+    "copy_mass",
+    "number_contradiction",
+    "intermediate_layer",
+    "self_evaluation",
+    "halt",
+    "halt_ponder",
+    "caws_compliance",
+    "claim_extraction",
+    "code_mode_preference",
+    "length_aware",
+    "early_tool_call",
+    "policy_gradient",
+)
+"""Every loss: its weight in `LossConfig`, its key in the logs (`loss/<name>`), its function (`<name>_loss`)."""
+
+
+class Schedule(Section):
+    """The course of one number of `loss` (a weight, kd_temperature) over a run."""
+
+    kind: Literal["constant", "linear", "cosine", "staged"]
+    """linear and cosine go from `start` to `end` over the first `over` steps or tokens and stay there."""
+    by: Literal["step", "tokens"] = "step"
+    """What time is measured in: optimizer steps, or supervised tokens trained on."""
+    start: float | None = None
+    """Value at 0; constant: the value."""
+    end: float | None = None
+    """Value from `over` on."""
+    over: int | None = Field(default=None, ge=1)
+    """Steps or tokens from start to end."""
+    stages: tuple[tuple[int, float], ...] = ()
+    """staged: (until, value) in rising order; the last value stays."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        needed = {"constant": ("start",), "linear": ("start", "end", "over"), "staged": ()}
+        needed["cosine"] = needed["linear"]
+        missing = [name for name in needed[self.kind] if getattr(self, name) is None]
+        if missing or (self.kind == "staged") != bool(self.stages):
+            raise ValueError(f"a {self.kind} schedule needs {', '.join(missing) or 'stages'} and nothing else")
+        given = [
+            name for name in ("start", "end", "over") if getattr(self, name) is not None and name not in needed[self.kind]
+        ]
+        if given:
+            raise ValueError(
+                f"a {self.kind} schedule has no {given[0]}; expected {', '.join(needed[self.kind]) or 'stages'}"
+            )
+        untils = [until for until, _ in self.stages]
+        if untils != sorted(set(untils)):
+            raise ValueError(f"stages={list(self.stages)}: expected (until, value) pairs with rising `until`")
+        return self
+
+
+class LossConfig(Section):
+    """Weights of the losses and how they are computed. A weight of 0 switches a loss off."""
+
+    kd: Weight = 1.0
+    """Divergence between the teacher's and the student's next-token distributions, on all response tokens."""
+    ce_teacher: Weight = 0.0
+    """Cross-entropy on text that the teacher wrote."""
+    ce_truth: Weight = 0.0
+    """Cross-entropy on recorded text (data.completions=recorded)."""
+    tool_name: Weight = 0.0
+    """Cross-entropy on the tokens of tool names."""
+    tool_choice: Weight = 0.0
+    """Where the names of the offered tools part: cross-entropy of the right branch among those of the offered tools only."""
+    json_argument: Weight = 0.0
+    """Cross-entropy on the tokens of tool-call arguments."""
+    json_grammar: Weight = 0.0
+    """-log of the probability mass on the tokens that the tool's JSON Schema allows next, in arguments."""
+    integration_copy: Weight = 0.0
+    """Cross-entropy on response tokens that reuse a value of a tool result."""
+    copy_mass: Weight = 0.0
+    """-log of the mass on all ids that go on with the copy of a tool result, within reused values."""
+    number_contradiction: Weight = 0.0
+    """Unlikelihood of ids that would write another number of the tool results, within reused numbers."""
+    intermediate_layer: Weight = 0.0
+    """Distance between chosen hidden states of student and teacher (teacher.hidden_layers ships them)."""
+    self_evaluation: Weight = 0.0
+    """Self-evaluation head against the quality score of the sequence, at the end of the response."""
+    halt: Weight = 0.0
+    """Cross-entropy of the halt head at the decision points of refinement loops."""
+    caws_compliance: Weight = 0.0
+    """Unlikelihood of latent spans beyond the tier's budget and of unbalanced <bot> and <eot>."""
+    claim_extraction: Weight = 0.0
+    """Cross-entropy and divergence once more on the tokens of checkable claims."""
+    code_mode_preference: Weight = 0.0
+    """Likelihood of code that calls tools and unlikelihood of direct calls, on samples where code mode pays."""
+    length_aware: Weight = 0.0
+    """EOS where the teacher stopped and, on rollouts, expected length beyond the teacher's."""
+    early_tool_call: Weight = 0.0
+    """At the start of a turn: mass on the openings of a call where one follows, unlikelihood of them where none does."""
+    policy_gradient: Weight = 0.0
+    """REINFORCE with a leave-one-out baseline on the rewards of student rollouts (`rollouts`)."""
+
+    schedules: dict[str, Schedule] = {}
+    """Course of any weight above, or of kd_temperature, by name; replaces the number given there."""
+
+    kd_divergence: Divergence = "forward_kl"
+    """forward_kl is KL(teacher || student); jsd = kd_beta*KL(T||M) + (1-kd_beta)*KL(S||M), M = kd_beta*T + (1-kd_beta)*S."""
+    kd_support: Support = "topk_tail"
+    """topk_tail: the teacher's K ids and one bucket for the rest; topk_renorm: both sides renormalised over the K;
+    topk_zero: teacher renormalised over the K, student over the whole vocabulary; full: the whole vocabulary on both
+    sides, from the teacher's last hidden state (teacher.hidden_layers must hold its last layer)."""
+    kd_beta: Fraction = 0.5
+    """Mixture weight of jsd and of the skewed divergences."""
+    kd_temperature: float = Field(default=1.0, gt=0.0)
+    """Softening temperature; the loss carries temperature squared. Other than 1 only with topk_renorm and full."""
+    ce_teacher_target: Literal["sampled", "argmax"] = "sampled"
+    """sampled: the token the teacher emitted; argmax: its most likely token given the same prefix."""
+    json_structure_weight: Weight = 1.0
+    """Weight of braces, brackets, colons, commas and quotes within json_argument."""
+    json_key_weight: Weight = 1.0
+    """Weight of argument names within json_argument."""
+    json_value_weight: Weight = 1.0
+    """Weight of argument values within json_argument."""
+    kd_entropy: Literal["off", "token", "run"] = "off"
+    """token: weigh every token's divergence by the teacher's entropy there; run: weigh kd by the running mean entropy."""
+    kd_entropy_range: tuple[float, float] | None = None
+    """Entropies in nats between which the weight rises from kd_entropy_floor to 1. None: the 10th and 90th percentile of
+    the first kd_entropy_calibration_steps steps."""
+    kd_entropy_calibration_steps: int = Field(default=20, ge=1)
+    """Steps that calibrate the range; the weight is 1 meanwhile."""
+    kd_entropy_floor: Fraction = 0.5
+    """Least weight: distillation is never switched off by entropy."""
+    kd_entropy_decay: Fraction = 0.95
+    """run: share of the running mean entropy that every step keeps."""
+    tool_choice_temperature: float = Field(default=1.0, gt=0.0)
+    """Temperature of the softmax over the offered tools in tool_choice."""
+    claim_ce_share: Fraction = 0.5
+    """claim_extraction = share * cross-entropy + (1 - share) * divergence."""
+    intermediate_mse_weight: Weight = 1.0
+    """Weight of the mean squared error (states divided by the teacher layer's RMS) within intermediate_layer."""
+    intermediate_cosine_weight: Weight = 1.0
+    """Weight of 1 - cosine within intermediate_layer."""
+    intermediate_tokens: Literal["all", "response"] = "all"
+    """Tokens whose states are compared."""
+    layer_map: Literal["uniform", "last_k"] | dict[int, int] = "uniform"
+    """Student layer -> teacher layer, counted from 0. uniform: each shipped teacher layer with the student layer of the same
+    relative depth, first with first and last with last; last_k: the student's last layers onto the shipped ones."""
+    self_evaluation_kind: Literal["bce", "mse"] = "bce"
+    """Binary cross-entropy on the logit, or squared error of the probability."""
+    self_evaluation_detach: bool = False
+    """Train the self-evaluation head alone, not the layers below it."""
+    halt_label_smoothing: Fraction = 0.0
+    """Share of every halt target that is spread over both classes."""
+    halt_class_weights: tuple[Weight, Weight] | None = None
+    """Weights of (continue, halt). None: inverse frequencies, as a running mean over the steps."""
+    halt_ponder: Weight = 0.0
+    """Weight of the expected number of loops within halt."""
+    caws_tier: Literal[1, 2, 3] = 2
+    """Tier of sequences that name none: at most 0, 1 or 3 latent spans and 1, 2 or 3 refinement loops."""
+    code_mode_positive_weight: Weight = 1.0
+    """Weight of the likelihood of code within code_mode_preference."""
+    code_mode_negative_weight: Weight = 1.0
+    """Weight of the unlikelihood of direct calls within code_mode_preference."""
+    code_mode_beta: float = Field(default=0.1, gt=0.0)
+    """Sharpness of the preference between the two sequences of a pair, where the data has pairs."""
+    length_hinge: Weight = 0.15
+    """Excess of the expected length over the teacher's, as a share of it, that costs nothing."""
+    length_slope: Weight = 1.0
+    """Cost per unit of excess beyond the hinge."""
+    early_tool_tokens: int = Field(default=25, ge=1)
+    """First tokens of a turn with a call that get cross-entropy within early_tool_call."""
+    early_tool_ce_weight: Weight = 0.2
+    """Weight of that cross-entropy."""
+    early_tool_prior_weight: Weight = 1.0
+    """Weight of the mass on call openings at the first token of a turn with a call, and of their unlikelihood elsewhere."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weights of the losses that are on, by name."""
+        return {name: getattr(self, name) for name in LOSSES if getattr(self, name) > 0 or name in self.schedules}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.weights:
+            raise ValueError("every loss weight is 0: set at least one of the weights in `loss` above 0")
+        unknown = sorted(self.schedules.keys() - {*LOSSES, "kd_temperature"})
+        if unknown:
+            raise ValueError(f"loss.schedules has {unknown[0]!r}; expected names of losses, or kd_temperature")
+        for name, schedule in self.schedules.items():
+            given = (schedule.start, schedule.end, *(value for _, value in schedule.stages))
+            least = min(value for value in given if value is not None)
+            if least < 0 or (least == 0 and name == "kd_temperature"):
+                bound = "above 0" if name == "kd_temperature" else "of at least 0"
+                raise ValueError(f"loss.schedules.{name} has {least}; expected numbers {bound}")
+        if self.kd_entropy_range is not None and not 0 <= self.kd_entropy_range[0] < self.kd_entropy_range[1]:
+            raise ValueError(
+                f"loss.kd_entropy_range={list(self.kd_entropy_range)}: expected two entropies in nats, the lower one first"
+            )
+        softened = self.kd_temperature != 1.0 or "kd_temperature" in self.schedules
+        if softened and self.kd_support not in ("topk_renorm", "full"):
+            raise ValueError(
+                f"loss.kd_temperature={self.kd_temperature} with loss.kd_support={self.kd_support}: the teacher's mass "
+                "outside its top-k is unknown at a temperature other than 1; use kd_temperature=1, or topk_renorm or full"
+            )
+        student_to_teacher = self.kd_divergence == "reverse_kl" or (
+            {"jsd": 1.0, "skewed_reverse_kl": 0.0}.get(self.kd_divergence) == self.kd_beta
+        )
+        if student_to_teacher and self.kd_support == "topk_zero":
+            raise ValueError(
+                f"loss.kd_divergence={self.kd_divergence} (kd_beta={self.kd_beta:g}) with loss.kd_support=topk_zero: the "
+                "student has mass where this teacher has none, the divergence is infinite; use kd_support=topk_tail"
+            )
+        if self.weights.keys() == {"json_argument"} and not (
+            self.json_structure_weight or self.json_key_weight or self.json_value_weight
+        ):
+            raise ValueError("loss.json_argument is the only loss but all its class weights are 0")
+        return self
+
+
+class LatentStage(Section):
+    """One stage of the latent curriculum."""
+
+    until_step: int | None = Field(default=None, ge=1)
+    """The stage ends before this optimizer step; None: it is the last."""
+    steps: int = Field(ge=1)
+    """m: so many reasoning steps of a response are replaced."""
+    slots: int = Field(ge=1)
+    """c: slots for each of them."""
+    probability: Fraction
+    """p: share of the sequences that are rewritten."""
+
+
+class LatentConfig(Section):
+    """Reasoning steps replaced by latent slots: `<bot>` slot ... slot `<eot>`."""
+
+    stages: tuple[LatentStage, ...] = ()
+    """The curriculum; none: sequences stay as they are."""
+    mode: Literal["mask", "continuous"] = "mask"
+    """mask: slots have a learned embedding. continuous: the hidden state before a slot is its input embedding."""
+    loops: int = Field(default=1, ge=1)
+    """continuous: forward passes that fill the slots (Hao et al., 2024); at most the slots of a span are of use."""
+    begin: str = "<bot>"
+    """Token that opens a span."""
+    end: str = "<eot>"
+    """Token that closes it."""
+    slot: str = "<slot>"
+    """Token of the slots."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        untils = [stage.until_step for stage in self.stages]
+        known = [until for until in untils if until is not None]
+        if known != sorted(set(known)) or None in untils[:-1]:
+            raise ValueError(f"latent.stages end at steps {untils}; expected rising until_step, null at most in the last")
+        return self
+
+
+class HaltConfig(Section):
+    """When a refinement loop should end: targets of the halt head, and the same rule when generating."""
+
+    max_loops: int = Field(default=3, ge=1)
+    """Loops of a conversation that names no number of its own."""
+    judge_threshold: Fraction = 0.8
+    """Quality from which halting is possible."""
+    delta_threshold: Fraction = 0.05
+    """Improvement over the last `delta_window` loops below which it is not worth going on."""
+    delta_window: int = Field(default=1, ge=1)
+    """Loops that the improvement is measured over."""
+    delta_relative: bool = False
+    """Measure the improvement as a share of the earlier score."""
+    soft_targets: bool = False
+    """Probabilities instead of 0 and 1: the two thresholds become logistic curves."""
+    soft_width: float = Field(default=0.02, gt=0)
+    """Width of those curves, in units of the score; towards 0 they become the thresholds again."""
+    curriculum_stage: Literal[0, 1, 2] | None = None
+    """What decides where no judge does. 0: go on until the cap; 1: halt once 3/4 of the allowed loops are done; 2: half of
+    them. None: nothing does; those points have no target."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps before the halt loss begins."""
+    halt_probability: Fraction = 0.5
+    """Generation ends a refinement when the head gives at least this much."""
+
+
+class CodeModeConfig(Section):
+    """Which samples should call tools through code; one of the rules is enough."""
+
+    min_tools: int = Field(default=2, ge=1)
+    """At least so many tool calls."""
+    min_intermediate_chars: int = Field(default=10_000, ge=1)
+    """A tool result of at least so many characters."""
+    pii_patterns: tuple[str, ...] = (r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,255}\.\w", r"\b\d{3}-\d{2}-\d{4}\b")
+    """Regular expressions of personal data; a tool result that matches makes the sample eligible."""
+
+
+class RolloutConfig(Section):
+    """Responses sampled from the student while it trains, for the losses that need its own text."""
+
+    prompts_per_step: int = Field(default=0, ge=0)
+    """Prompts of the step that the student answers too, over all workers; 0: no rollouts."""
+    samples: int = Field(default=4, ge=2)
+    """Answers to each; their mean reward without one's own is the baseline."""
+    every: int = Field(default=1, ge=1)
+    """Steps between rollouts."""
+    max_tokens: int = Field(default=128, ge=1)
+    """Longest answer in tokens."""
+    temperature: float = Field(default=1.0, gt=0.0)
+    """Sampling temperature."""
+    clip: float = Field(default=0.2, gt=0.0)
+    """PPO's clip of the probability ratio, for answers sampled from earlier weights."""
+    caws: Weight = 1.0
+    """Weight of the CAWS compliance score in the reward."""
+    claims: Weight = 0.0
+    """Weight of the claim score against the teacher's text in the reward."""
+    length: Weight = 0.0
+    """Weight of the penalty for answers longer than the teacher's in the reward."""

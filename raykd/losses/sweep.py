@@ -1,0 +1,240 @@
+"""Losses and metrics that are sums over response tokens: computed chunk by chunk while the head's logits exist.
+
+In:  log-probabilities of the columns of `sweep_columns` for the rows of a chunk. Out: TokenLoss by name.
+
+Columns: 0..K-1 the teacher's ids, K the written token (which may be one of them); with caws_compliance <bot>, <eot>, EOS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from raykd.loss_config import LossConfig
+from raykd.losses import cross_entropy, scored
+from raykd.losses.code_mode import CodeModePreferenceLoss
+from raykd.losses.context import LossContext
+from raykd.losses.early_tool_call import EarlyCallWeights, early_tool_call_weight
+from raykd.losses.entropy import kd_weight
+from raykd.losses.head import HeadRows
+from raykd.losses.kd import sparse_kd_loss
+from raykd.losses.length_aware import excess_weight, stop_weight
+from raykd.losses.reduction import log1mexp, masked_sum
+from raykd.types import ARGUMENT_MARKS, Batch, Mark, Source, TokenLoss
+
+METRICS = (
+    "tool_name_accuracy",  # the student's most likely token is the written one (ties count), on tokens of tool names
+    "json_argument_accuracy",
+    "response_accuracy",
+    "response_nll",  # nats, of the written tokens
+    "teacher_agreement",  # the most likely tokens of both are the same
+    "teacher_kl",  # forward KL with tail bucket, whatever the losses
+    "teacher_topk_mass",  # on the teacher's K ids
+    "student_topk_mass",
+)
+"""Metrics of a micro-batch, each (sum, count) over response tokens."""
+
+Weights = Mapping[str, Tensor]
+
+
+def sequence_of_token(batch: Batch) -> Tensor:
+    """Row [N] of each response token's sequence."""
+    return batch.response_index // batch.input_ids.shape[1]
+
+
+def sweep_columns(batch: Batch, config: LossConfig, context: LossContext) -> tuple[Tensor, Tensor]:
+    """Ids [N, C] whose log-probability the sweep needs, and which columns [N, C] are the teacher's entries."""
+    columns = [batch.topk_ids, batch.response_ids[:, None]]
+    if "caws_compliance" in config.weights:
+        sentinels = torch.tensor([_known(context.bot_id), _known(context.eot_id), _known(context.eos_id)])
+        columns.append(sentinels.to(batch.topk_ids.device).expand(len(batch.topk_ids), 3))
+    ids = torch.cat(columns, dim=1)
+    support = functional.pad(batch.topk_logprobs > -torch.inf, (0, ids.shape[1] - batch.topk_ids.shape[1]), value=False)
+    return ids, support
+
+
+def _known(token_id: int | None) -> int:
+    assert token_id is not None, "a loss needs a token that the context does not name"
+    return token_id
+
+
+def code_mode(config: LossConfig) -> CodeModePreferenceLoss:
+    """The loss with the options of the config."""
+    return CodeModePreferenceLoss(
+        positive_weight=config.code_mode_positive_weight,
+        negative_weight=config.code_mode_negative_weight,
+        beta=config.code_mode_beta,
+    )
+
+
+def sweep_weights(batch: Batch, config: LossConfig, context: LossContext) -> dict[str, Tensor]:
+    """Weight [N] (caws_compliance: bool [N, 3]; code_mode_preference: [N, 2]) of every token, by name of the active loss."""
+    marks, source = batch.response_marks, batch.response_source
+    weights: dict[str, Tensor] = {}
+    for name in config.weights:
+        if name == "kd" and config.kd_support != "full":
+            weights[name] = kd_weight(batch, config)
+        elif name == "ce_teacher" and config.ce_teacher_target == "sampled":
+            weights[name] = cross_entropy.ce_teacher_weight(source)
+        elif name == "ce_teacher":
+            weights[name] = cross_entropy.ce_teacher_argmax_weight(source, batch.has_teacher)
+        elif name == "ce_truth":
+            weights[name] = cross_entropy.ce_truth_weight(source)
+        elif name == "tool_name":
+            weights[name] = cross_entropy.tool_name_weight(marks, source) * batch.tool_name_weight
+        elif name == "json_argument":
+            weights[name] = cross_entropy.json_argument_weight(
+                marks,
+                source,
+                structure_weight=config.json_structure_weight,
+                key_weight=config.json_key_weight,
+                value_weight=config.json_value_weight,
+            )
+        elif name == "integration_copy":
+            weights[name] = cross_entropy.integration_copy_weight(marks, source)
+        elif name == "claim_extraction":
+            weights[name] = scored.claim_extraction_weight(marks, source)
+        elif name == "policy_gradient":
+            weights[name] = batch.response_advantage.nan_to_num(nan=0.0)
+        elif name == "early_tool_call":
+            weights[name] = early_weights(batch, config).ce
+        elif name == "length_aware":
+            weights[name] = stop_weight(batch.response_ids, source, _known(context.eos_id))
+        elif name == "caws_compliance":
+            weights[name] = _caws_terms(batch, config, context)
+        elif name == "code_mode_preference":
+            rows = sequence_of_token(batch)
+            weights[name] = torch.stack(code_mode(config).weights(marks, rows, batch.pair, batch.reference_logprob), dim=1)
+    return weights
+
+
+def early_weights(batch: Batch, config: LossConfig) -> EarlyCallWeights:
+    """Weights of early_tool_call."""
+    return early_tool_call_weight(
+        batch.marks,
+        batch.response_index,
+        batch.response_source,
+        num_tokens=config.early_tool_tokens,
+        ce_weight=config.early_tool_ce_weight,
+        prior_weight=config.early_tool_prior_weight,
+    )
+
+
+def _caws_terms(batch: Batch, config: LossConfig, context: LossContext) -> Tensor:
+    spans = {1: 0, 2: 1, 3: 3}[config.caws_tier]
+    return scored.caws_terms(
+        batch.response_ids,
+        sequence_of_token(batch),
+        bot_id=_known(context.bot_id),
+        eot_id=_known(context.eot_id),
+        max_spans=spans,
+    )
+
+
+def sweep_counts(batch: Batch, config: LossConfig, context: LossContext) -> dict[str, Tensor]:
+    """Count of every loss that has weights here; of those with a part beside the sweep, the count of both."""
+    weights = sweep_weights(batch, config, context)
+    counts = {name: weight.sum(dtype=torch.float32) for name, weight in weights.items()}
+    if "policy_gradient" in counts:
+        counts["policy_gradient"] = scored.policy_gradient_weight(batch.response_advantage).sum()
+    if "caws_compliance" in counts:
+        counts["caws_compliance"] = weights["caws_compliance"].any(dim=1).float().sum()
+    if "early_tool_call" in counts:
+        counts["early_tool_call"] = early_weights(batch, config).count
+    if "length_aware" in counts:
+        counts["length_aware"] = counts["length_aware"] + excess_weight(batch.target_length).sum()
+    if "code_mode_preference" in counts:
+        counts["code_mode_preference"] = code_mode(config).count(
+            batch.response_marks, sequence_of_token(batch), batch.pair, batch.reference_logprob
+        )
+    return counts
+
+
+def sweep_parts(head: HeadRows, batch: Batch, config: LossConfig, weights: Weights) -> dict[str, TokenLoss]:
+    """The losses of the sweep on the rows of one chunk; sums only, their counts are those of `sweep_counts`."""
+    num_ids = batch.topk_ids.shape[1]
+    label = head.logprobs[:, num_ids]
+    parts = {}
+    for name, token_weight in weights.items():
+        weight = token_weight[head.rows]
+        if name == "kd":
+            parts[name] = _sparse_kd(head, batch, config, weight)
+        elif name == "ce_teacher" and config.ce_teacher_target == "argmax":
+            parts[name] = masked_sum(-_at_teacher_argmax(head, batch), weight)
+        elif name == "claim_extraction":
+            ce, kl = masked_sum(-label, weight), _sparse_kd(head, batch, config, weight * batch.has_teacher[head.rows])
+            parts[name] = TokenLoss(config.claim_ce_share * ce.sum + (1.0 - config.claim_ce_share) * kl.sum, ce.count)
+        elif name == "policy_gradient":
+            parts[name] = scored.policy_gradient_loss(label, batch.response_advantage[head.rows])
+        elif name == "caws_compliance":
+            parts[name] = scored.caws_compliance_loss(head.logprobs[:, num_ids + 1 :], weight)
+        elif name == "code_mode_preference":
+            code, direct = weight.unbind(dim=1)
+            unlikely = masked_sum(-log1mexp(label.masked_fill(direct == 0, -1.0)), direct)
+            parts[name] = TokenLoss(masked_sum(-label, code).sum + unlikely.sum, unlikely.count)
+        else:
+            parts[name] = masked_sum(-label, weight)
+    return parts
+
+
+def _sparse_kd(head: HeadRows, batch: Batch, config: LossConfig, weight: Tensor) -> TokenLoss:
+    return sparse_kd_loss(
+        head.logprobs[:, : batch.topk_ids.shape[1]],
+        head.log_tail,
+        batch.topk_logprobs[head.rows],
+        batch.log_tail[head.rows],
+        weight,
+        divergence=config.kd_divergence,
+        beta=config.kd_beta,
+        support="topk_tail" if config.kd_support == "full" else config.kd_support,
+        temperature=1.0 if config.kd_support == "full" else config.kd_temperature,
+    )
+
+
+def metric_weights(batch: Batch) -> dict[str, Tensor]:
+    """Weight [N] of every response token in every metric. Tokens the student wrote are no targets."""
+    marks, has_teacher = batch.response_marks, batch.has_teacher.float()
+    target = (batch.response_source != Source.STUDENT).float()
+    return {
+        "tool_name_accuracy": target * ((marks & int(Mark.TOOL_NAME)) != 0),
+        "json_argument_accuracy": target * ((marks & int(ARGUMENT_MARKS)) != 0),
+        "response_accuracy": target,
+        "response_nll": target,
+        "teacher_agreement": has_teacher,
+        "teacher_kl": has_teacher,
+        "teacher_topk_mass": has_teacher,
+        "student_topk_mass": has_teacher,
+    }
+
+
+def metric_values(head: HeadRows, batch: Batch, weights: Weights) -> dict[str, TokenLoss]:
+    """The metrics on the rows of one chunk."""
+    num_ids = batch.topk_ids.shape[1]
+    label = head.logprobs[:, num_ids]
+    teacher_logprobs, teacher_tail = batch.topk_logprobs[head.rows], batch.log_tail[head.rows]
+    is_label = (label >= head.top_logprob).float()
+    values = {
+        "tool_name_accuracy": is_label,
+        "json_argument_accuracy": is_label,
+        "response_accuracy": is_label,
+        "response_nll": -label,
+        "teacher_agreement": (_at_teacher_argmax(head, batch) >= head.top_logprob).float(),
+        "teacher_topk_mass": teacher_logprobs.exp().sum(dim=1),
+        "student_topk_mass": -head.log_tail.expm1(),
+    }
+    metrics = {name: masked_sum(value, weights[name][head.rows]) for name, value in values.items()}
+    metrics["teacher_kl"] = sparse_kd_loss(
+        head.logprobs[:, :num_ids], head.log_tail, teacher_logprobs, teacher_tail, weights["teacher_kl"][head.rows]
+    )
+    return metrics
+
+
+def _at_teacher_argmax(head: HeadRows, batch: Batch) -> Tensor:
+    """Student log-probability [c] of the teacher's most likely id; of the written token in a batch without a teacher."""
+    if batch.topk_ids.shape[1] == 0:
+        return head.logprobs[:, 0]
+    best = batch.topk_logprobs[head.rows].argmax(dim=1, keepdim=True)
+    return head.logprobs.gather(1, best)[:, 0]

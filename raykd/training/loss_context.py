@@ -1,0 +1,63 @@
+"""What the losses of a run need to know besides batch and config: ids with a meaning, layers that belong together, the
+teacher's head.
+
+In:  Config, the student's tokenizer and its Hugging Face config. Out: a `LossContext`, and which projections to make.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from raykd.config import Config
+from raykd.data.call_openings import call_openings
+from raykd.losses.context import LossContext, TeacherTop
+from raykd.losses.intermediate import layer_pairs, projection_shapes
+from raykd.student.teacher_head import load_teacher_head
+from teacher_serving.identity import read_text_config
+
+
+def make_context(
+    config: Config, tokenizer: PreTrainedTokenizerBase, architecture: PretrainedConfig
+) -> tuple[LossContext, dict[int, tuple[int, int]]]:
+    """The context of the active losses, and the projections (student layer -> widths in and out) they train.
+
+    Errors: ValueError when a loss needs a token that the tokenizer does not have, or layers that nobody ships.
+    """
+    losses = config.loss.weights
+    pairs: dict[int, int] = {}
+    shapes: dict[int, tuple[int, int]] = {}
+    shipped = config.teacher.hidden_layers
+    if "intermediate_layer" in losses:
+        teacher = read_text_config(Path(config.teacher.model))
+        num_layers = teacher["num_hidden_layers"]
+        pairs = layer_pairs(config.loss.layer_map, architecture.num_hidden_layers, num_layers, shipped)
+        shapes = projection_shapes(pairs, architecture.hidden_size, teacher["hidden_size"])
+    needs_latent = "caws_compliance" in losses
+    needs_stop = needs_latent or "length_aware" in losses
+    context = LossContext(
+        eos_id=_token(tokenizer, tokenizer.eos_token, "its end-of-turn token") if needs_stop else None,
+        bot_id=_token(tokenizer, config.latent.begin, "latent.begin") if needs_latent else None,
+        eot_id=_token(tokenizer, config.latent.end, "latent.end") if needs_latent else None,
+        opening_ids=torch.from_numpy(call_openings(tokenizer)) if "early_tool_call" in losses else torch.empty(0).long(),
+        layer_pairs=pairs,
+        num_teacher_layers=len(shipped) if pairs else 0,
+        teacher_top=_teacher_top(config) if "kd" in losses and config.loss.kd_support == "full" else None,
+    )
+    return context, shapes
+
+
+def _token(tokenizer: PreTrainedTokenizerBase, token: str | None, option: str) -> int:
+    found = tokenizer.get_vocab().get(token) if token else None
+    if found is None:
+        raise ValueError(
+            f"{option} is {token!r}, which the tokenizer {tokenizer.name_or_path!r} does not have; add it to the tokenizer "
+            "(raykd.student.tokenizer) or name one of its tokens"
+        )
+    return found
+
+
+def _teacher_top(config: Config) -> TeacherTop:
+    return TeacherTop(*load_teacher_head(config.teacher.model))

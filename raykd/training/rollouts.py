@@ -1,0 +1,107 @@
+"""Responses that the student samples while it trains, scored and made into rows of the step.
+
+In:  examples of the step (their prompts and the teacher's responses), a function that samples, a function that scores.
+Out: Examples with `source` STUDENT, an advantage for the policy gradient and the teacher's length for length_aware.
+
+The rows come on top of the step's own: distillation on the teacher's text goes on and keeps the student near its teacher.
+They have no teacher scores and are no target of any cross-entropy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from raykd.data.detokenize import decode_tokens
+from raykd.loss_config import RolloutConfig
+from raykd.losses.scored import leave_one_out_advantages
+from raykd.types import Example, Mark, Source
+
+Sample = Callable[[list[np.ndarray]], Sequence[np.ndarray]]
+"""One sampled response (ids, the end-of-turn token included) to each prompt [P] of ids."""
+Score = Callable[[list[str], list[str]], np.ndarray]
+"""Rewards [R] of responses beside the teacher's response to the same prompt, both without end-of-turn token."""
+
+
+class Rollouts(NamedTuple):
+    """P prompts with n responses each; examples in that order, prompt by prompt."""
+
+    examples: list[Example]
+    rewards: np.ndarray  # float64 [P, n]
+    lengths: np.ndarray  # int64 [P, n] response tokens
+
+
+def rollout_examples(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    config: RolloutConfig,
+    *,
+    sample: Sample,
+    score: Score,
+    eos_ids: Collection[int],
+) -> Rollouts:
+    """`config.samples` responses of the student to the prompt of each example, up to its first response token.
+
+    The advantage of a response is its reward less the mean of the others to the same prompt (leave-one-out). The reward is
+    `score` less `config.length` times the excess over the teacher's length, as a share of it.
+
+    Raises ValueError where a score is not finite.
+    """
+    n = config.samples
+    prompts = [_first_turn(example) for example in examples]
+    prompt_ids = [ids for ids, _ in prompts for _ in range(n)]
+    responses = [np.asarray(ids, dtype=np.int32) for ids in sample(prompt_ids)]
+    assert len(responses) == len(prompt_ids), f"{len(responses)} responses to {len(prompt_ids)} prompts"
+    assert all(len(ids) for ids in responses), "an empty response: not even its end was sampled"
+    lengths = np.array([len(ids) for ids in responses], dtype=np.int64)
+    teacher_lengths = np.array([len(ids) for _, ids in prompts for _ in range(n)], dtype=np.int64)
+    teacher_texts = [_text(tokenizer, ids, eos_ids) for _, ids in prompts]
+    texts = [_text(tokenizer, ids, eos_ids) for ids in responses]
+    rewards = np.asarray(score(texts, [text for text in teacher_texts for _ in range(n)]), dtype=np.float64)
+    if not np.isfinite(rewards).all():
+        worst = int(np.flatnonzero(~np.isfinite(rewards))[0])
+        raise ValueError(
+            f"the reward of a response is {rewards[worst]}, expected a finite number; the response: {texts[worst]!r}"
+        )
+    rewards = rewards - config.length * np.maximum(lengths / np.maximum(teacher_lengths, 1) - 1.0, 0.0)
+    rewards = rewards.reshape(len(examples), n)
+    advantages = leave_one_out_advantages(torch.from_numpy(rewards)).flatten().tolist()
+    rows = [
+        _example(examples[index // n], prompt_ids[index], response, advantages[index], float(teacher_lengths[index]))
+        for index, response in enumerate(responses)
+    ]
+    return Rollouts(rows, rewards, lengths.reshape(len(examples), n))
+
+
+def _first_turn(example: Example) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of the prompt, and of the first assistant turn behind it (latent slots included)."""
+    response = (example.marks & (Mark.RESPONSE | Mark.LATENT)) != 0
+    start = int(response.argmax())
+    assert response.any(), f"example {example.uid} has no response"
+    after = np.flatnonzero(~response[start:])
+    end = start + int(after[0]) if len(after) else len(response)
+    return example.input_ids[:start], example.input_ids[start:end]
+
+
+def _text(tokenizer: Any, ids: np.ndarray, eos_ids: Collection[int]) -> str:
+    ended = len(ids) > 0 and int(ids[-1]) in eos_ids
+    return decode_tokens(tokenizer, ids[:-1] if ended else ids).text
+
+
+def _example(prompted: Example, prompt: np.ndarray, response: np.ndarray, advantage: float, target_length: float) -> Example:
+    marks = np.zeros(len(prompt) + len(response), dtype=np.uint16)
+    marks[len(prompt) :] = Mark.RESPONSE
+    return Example(
+        uid=prompted.uid,
+        source=Source.STUDENT,
+        input_ids=np.concatenate([prompt, response]).astype(np.int32),
+        marks=marks,
+        topk_ids=np.empty((len(response), 0), np.int32),
+        topk_logprobs=np.empty((len(response), 0), np.float16),
+        log_tail=np.empty(0, np.float32),
+        advantage=advantage,
+        target_length=target_length,
+    )

@@ -1,0 +1,230 @@
+"""Every loss through `combine`: gradients where it claims them; splitting and padding change nothing; empty means 0."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from raykd.data.collate import collate_kd_batch
+from raykd.loss_config import LOSSES, LossConfig
+from raykd.losses.combine import combine, loss_counts
+from raykd.losses.context import Head, LossContext, TeacherTop
+from raykd.types import Batch, Example, LossReport, Mark, SetKind, Source, StudentOutput
+
+V, H, K, TEACHER_H = 40, 6, 5, 4
+EOS, BOT, EOT = 1, 2, 3
+PAIRS = {0: 0, 1: 1}
+EVERYTHING = LossConfig(
+    **{name: 0.5 + 0.1 * index for index, name in enumerate(LOSSES)},
+    halt_class_weights=(1.0, 2.0),
+    caws_tier=1,
+    early_tool_tokens=3,
+)
+
+
+def make_example(uid: int, source: Source, rng: np.random.Generator, length: int, **fields) -> Example:
+    """Prompt of two tokens, then the response with marks of every kind, id sets, grammar and teacher states."""
+    ids = rng.integers(4, V, length).astype(np.int32)
+    marks = np.full(length, Mark.RESPONSE, np.uint16)
+    marks[:2] = 0
+    for position, mark in enumerate((Mark.TOOL_NAME, Mark.ARGUMENT_KEY, Mark.ARGUMENT_VALUE, Mark.INTEGRATION, Mark.CLAIM)):
+        marks[3 + position] |= mark
+    if source == Source.GOLD:
+        marks[4] |= Mark.CODE_MODE
+        marks[5] |= Mark.DIRECT_TOOL
+    marks[-2] |= Mark.DECISION
+    marks[-1] |= Mark.DECISION
+    ids[-1] = EOS
+    response = length - 2
+    logprobs = torch.from_numpy(rng.normal(size=(response, V))).mul(2).log_softmax(dim=1).sort(dim=1, descending=True)
+    top = logprobs.values[:, :K].to(torch.float16)
+    return Example(
+        uid=uid,
+        source=source,
+        input_ids=ids,
+        marks=marks,
+        topk_ids=logprobs.indices[:, :K].numpy().astype(np.int32),
+        topk_logprobs=top.numpy(),
+        log_tail=torch.log1p(-top.float().exp().sum(dim=1)).numpy(),
+        quality=0.3 + 0.1 * uid,
+        halt_targets=np.array([0.0, 1.0], np.float32),
+        set_position=np.array([3, 4, 5], np.int32),
+        set_kind=np.array([SetKind.TOOL_CHOICE, SetKind.COPY, SetKind.CONTRADICTION], np.int8),
+        set_sizes=np.array([3, 2, 2], np.int32),
+        set_ids=np.array([ids[3], 3, 2, ids[4], 3, 2, 3], np.int32),
+        grammar_position=np.array([4, 5], np.int32),
+        grammar_row=np.array([0, 1], np.int32),
+        grammar_masks=rng.integers(-(2**31), 2**31, (2, 2)).astype(np.int32),
+        teacher_hidden=rng.normal(size=(2, length, TEACHER_H)).astype(np.float16),
+        **fields,
+    )
+
+
+def make_examples() -> list[Example]:
+    """One sequence of each author, one sampled from the student with a reward, one of a pair and its other."""
+    rng = np.random.default_rng(0)
+    paired = [
+        make_example(10 + sign, Source.GOLD, rng, 11, pair=sign * 7, reference_logprob=-20.0 + sign) for sign in (1, -1)
+    ]
+    return [
+        make_example(1, Source.TEACHER, rng, 12),
+        make_example(2, Source.GOLD, rng, 10),
+        make_example(3, Source.STUDENT, rng, 13, advantage=0.7, target_length=4.0),
+        *paired,
+    ]
+
+
+class Model(nn.Module):
+    """A student in miniature: causal sums, two layers, heads, projections; float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.embedding = nn.Embedding(V, H)
+        self.layers = nn.ModuleList(nn.Linear(H, H) for _ in range(2))
+        self.head = nn.Linear(H, V)
+        self.halt = nn.Linear(H, 2)
+        self.quality = nn.Linear(H, 1)
+        self.projections = nn.ModuleDict({str(layer): nn.Linear(H, TEACHER_H, bias=False) for layer in PAIRS})
+        self.double()
+
+    def forward(self, batch: Batch) -> StudentOutput:
+        hidden = self.embedding(batch.input_ids).cumsum(dim=1).tanh()
+        states = []
+        for layer in self.layers:
+            hidden = layer(hidden).tanh()
+            states.append(hidden)
+        flat = hidden.flatten(0, 1)
+        return StudentOutput(
+            hidden, tuple(states), self.halt(flat[batch.decision_index]), self.quality(flat[batch.end_index])[:, 0]
+        )
+
+
+def context_of(model: Model) -> LossContext:
+    torch.manual_seed(2)
+    return LossContext(
+        eos_id=EOS,
+        bot_id=BOT,
+        eot_id=EOT,
+        opening_ids=torch.tensor([5, 6, 7]),
+        layer_pairs=PAIRS,
+        projections=model.projections,
+        num_teacher_layers=2,
+        rms=torch.tensor([1.5, 0.7]),
+        teacher_top=TeacherTop(nn.LayerNorm(TEACHER_H), torch.randn(V, TEACHER_H), None),
+    )
+
+
+def run(groups: list[list[Example]], config: LossConfig, padding: int = 0) -> tuple[list[LossReport], dict[str, Tensor]]:
+    """One optimizer step over these micro-batches; reports and gradients."""
+    model = Model()
+    context = context_of(model)
+    batches = [padded(collate_kd_batch(group, pad_id=0), padding) for group in groups]
+    counts: dict[str, Tensor] = {}
+    for batch in batches:
+        for name, count in loss_counts(batch, config, context).items():
+            counts[name] = counts.get(name, torch.zeros(())) + count
+    reports = []
+    for batch in batches:
+        reports.append(combine(batch, model(batch), Head(model.head.weight, model.head.bias), config, counts, context))
+        reports[-1].total.backward()
+    gradients = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in model.named_parameters()}
+    return reports, gradients
+
+
+def padded(batch: Batch, padding: int) -> Batch:
+    """The same with more columns of padding."""
+    if not padding:
+        return batch
+    width = batch.input_ids.shape[1]
+    moved = {
+        name: getattr(batch, name) // width * (width + padding) + getattr(batch, name) % width
+        for name in ("response_index", "end_index", "decision_index")
+    }
+    wider = {
+        name: nn.functional.pad(getattr(batch, name), (0, padding)) for name in ("input_ids", "attention_mask", "marks")
+    }
+    hidden = nn.functional.pad(batch.teacher_hidden, (0, 0, 0, padding))
+    return dataclasses.replace(batch, **moved, **wider, teacher_hidden=hidden)
+
+
+def alone(name: str, **options) -> LossConfig:
+    return LossConfig(**({"kd": 0.0} | {name: 1.0}), halt_class_weights=(1.0, 2.0), caws_tier=1, **options)
+
+
+CASES = [alone(name) for name in LOSSES] + [
+    alone("kd", kd_support="full"),
+    alone("self_evaluation", self_evaluation_kind="mse"),
+]
+
+
+@pytest.mark.parametrize("config", CASES, ids=lambda config: next(iter(config.weights)))
+def test_a_loss_alone_has_tokens_a_value_and_a_gradient(config):
+    [report], gradients = run([make_examples()], config)
+    [name] = config.weights
+    assert report.parts[name].count > 0
+    assert torch.isfinite(report.total)
+    torch.testing.assert_close(report.total.detach(), report.parts[name].sum / report.parts[name].count)
+    assert sum(gradient.abs().sum() for gradient in gradients.values()) > 1e-6
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("support", ["topk_tail", "full"])
+def test_splitting_padding_and_order_change_nothing(support):
+    config = EVERYTHING.model_copy(update={"kd_support": support})
+    examples = make_examples()
+    [whole], gradients = run([examples], config)
+    pair = examples[3:]
+    for groups, padding in (
+        ([[examples[0]], [examples[1]], [examples[2]], pair], 0),
+        ([[*pair, examples[2]], [examples[1], examples[0]]], 3),
+        ([examples[::-1]], 2),
+    ):
+        reports, others = run(groups, config, padding)
+        for name in config.weights:
+            torch.testing.assert_close(
+                torch.stack([report.parts[name].sum for report in reports]).sum(), whole.parts[name].sum, msg=name
+            )
+        torch.testing.assert_close(torch.stack([report.total.detach() for report in reports]).sum(), whole.total.detach())
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(others[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_with_nothing_to_learn_a_loss_is_exactly_0_and_keeps_its_graph(name):
+    example = Example(
+        uid=1,
+        source=Source.STUDENT,
+        input_ids=np.arange(6, dtype=np.int32),
+        marks=np.array([0, 0, 1, 1, 1, 1], np.uint16),
+        topk_ids=np.zeros((4, 0), np.int32),
+        topk_logprobs=np.zeros((4, 0), np.float16),
+        log_tail=np.empty(0, np.float32),
+    )
+    config = alone(name)
+    [report], gradients = run([[example]], config)
+    assert report.parts[name].sum == 0 or name in ("caws_compliance",)
+    if name != "caws_compliance":  # its rules hold for all text
+        assert report.parts[name].count == 0
+        assert all((gradient == 0).all() for gradient in gradients.values())
+    assert report.total.requires_grad
+
+
+def test_the_student_is_never_taught_its_own_words():
+    student = dataclasses.replace(make_examples()[2], advantage=float("nan"), target_length=float("nan"))
+    words = (
+        "ce_teacher",
+        "ce_truth",
+        "tool_name",
+        "json_argument",
+        "integration_copy",
+        "claim_extraction",
+        "early_tool_call",
+    )
+    for name in words:
+        [report], _ = run([[student]], alone(name))
+        assert report.parts[name].count == 0, name
