@@ -19,6 +19,7 @@ from raykd.data.examples import build_examples
 from raykd.evaluation.metrics import Score
 from raykd.loss_config import LossConfig
 from raykd.losses.combine import combine, loss_counts
+from raykd.losses.context import Head
 from raykd.student.model import Student, load_student
 
 NAMES = {
@@ -66,11 +67,9 @@ def score_examples(student: Student, prompts: pa.Table, teacher_rows: pa.Table) 
         report = combine(
             batch,
             student(batch.input_ids),
-            student.head_weight,
+            Head(student.head_weight, student.head_bias, student.num_valid_ids),
             config,
             loss_counts(batch, config),
-            head_bias=student.head_bias,
-            num_valid_ids=student.num_valid_ids,
         )
         values = torch.stack([torch.stack([report.metrics[n].sum, report.metrics[n].count]) for n in NAMES]).tolist()
         scores.append({name: (total, count) for name, (total, count) in zip(NAMES.values(), values, strict=True) if count})

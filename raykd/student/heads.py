@@ -62,7 +62,7 @@ def read_head(head: nn.Module, hidden: Tensor, index: Tensor) -> Tensor:
         return head(hidden.flatten(0, 1)[index].float())
 
 
-def projections_of(heads: nn.ModuleDict) -> Mapping[str, nn.Module]:
+def projections_of(heads: nn.ModuleDict) -> nn.ModuleDict:
     """The projections by str(student layer); none where no layer needs one."""
     found = heads[PROJECTIONS] if PROJECTIONS in heads else nn.ModuleDict()
     assert isinstance(found, nn.ModuleDict), "projections are a ModuleDict"

@@ -35,10 +35,12 @@ def make_context(
         num_layers = teacher["num_hidden_layers"]
         pairs = layer_pairs(config.loss.layer_map, architecture.num_hidden_layers, num_layers, shipped)
         shapes = projection_shapes(pairs, architecture.hidden_size, teacher["hidden_size"])
+    eos = tokenizer.eos_token
+    assert eos is None or isinstance(eos, str), f"one end-of-turn token expected, found {eos!r}"
     needs_latent = "caws_compliance" in losses
     needs_stop = needs_latent or "length_aware" in losses
     context = LossContext(
-        eos_id=_token(tokenizer, tokenizer.eos_token, "its end-of-turn token") if needs_stop else None,
+        eos_id=_token(tokenizer, eos, "its end-of-turn token") if needs_stop else None,
         bot_id=_token(tokenizer, config.latent.begin, "latent.begin") if needs_latent else None,
         eot_id=_token(tokenizer, config.latent.end, "latent.end") if needs_latent else None,
         opening_ids=torch.from_numpy(call_openings(tokenizer)) if "early_tool_call" in losses else torch.empty(0).long(),

@@ -80,7 +80,7 @@ def test_every_valid_instance_in_any_order_is_legal_token_by_token(kind, argumen
 
 
 def spelled(kind, row):
-    return {tokenizer_of(kind).decode([i]) for i in np.flatnonzero(row[: len(tokenizer_of(kind))])}
+    return {str(tokenizer_of(kind).decode([i])) for i in np.flatnonzero(row[: len(tokenizer_of(kind))])}
 
 
 def test_names_types_and_enums_are_those_of_the_schema():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,7 +15,7 @@ from raykd.loss_config import HaltConfig
 NAN = float("nan")
 
 
-def targets(scores: list[float], *, cap: int = 9, tier: int = 0, stage: int | None = None, **options):
+def targets(scores: list[float], *, cap: int = 9, tier: int = 0, stage: Literal[0, 1, 2] | None = None, **options):
     """Targets and sources of one refinement."""
     config = HaltConfig(curriculum_stage=stage, **options)
     halt, source = halt_targets(np.array([scores]), np.array([len(scores)]), np.array([tier]), np.array([cap]), config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -156,12 +157,13 @@ def test_a_trained_model_puts_its_mass_on_what_the_schema_allows(demo_tokenizer,
     model = AutoModelForCausalLM.from_pretrained(DEMO_TEACHER, dtype=torch.float32).eval()
     tools = openai_tools(["get_weather", "set_thermostat", "search_flights"])
     losses, counts, illegal = [], [], 0
+    writer: Any = model  # the type stubs hide `generate`
     for request in ("What is the weather in Oslo?", "Set the kitchen to 21 degrees.", "Find a flight from Rome to Paris."):
         prompt = demo_tokenizer.apply_chat_template(
             [{"role": "user", "content": request}], tools=tools, add_generation_prompt=True, return_tensors="pt"
         )["input_ids"]
         with torch.no_grad():
-            whole = model.generate(prompt, max_new_tokens=60, do_sample=False)
+            whole = writer.generate(prompt, max_new_tokens=60, do_sample=False)
             hidden = model.model(whole).last_hidden_state[0]
         ids = whole[0, prompt.shape[1] :].numpy().astype(np.int32)
         turn = Turn(*decode_tokens(demo_tokenizer, ids), ids, demo_tokenizer)
@@ -170,7 +172,7 @@ def test_a_trained_model_puts_its_mass_on_what_the_schema_allows(demo_tokenizer,
         assert len(position) > 0, turn.text
         before = hidden[torch.from_numpy(position).long() + prompt.shape[1] - 1]
         weight = json_grammar_weight(torch.full((len(position),), int(Source.TEACHER)))
-        head = model.get_output_embeddings().weight
+        head = model.lm_head.weight
         loss = json_grammar_loss(before, head, torch.from_numpy(row).long(), torch.from_numpy(masks), weight)
         losses.append(loss.sum.item())
         counts.append(loss.count.item())

@@ -18,11 +18,9 @@ from raykd.types import Batch, Example, LossReport, Mark, SetKind, Source, Stude
 V, H, K, TEACHER_H = 40, 6, 5, 4
 EOS, BOT, EOT = 1, 2, 3
 PAIRS = {0: 0, 1: 1}
-EVERYTHING = LossConfig(
-    **{name: 0.5 + 0.1 * index for index, name in enumerate(LOSSES)},
-    halt_class_weights=(1.0, 2.0),
-    caws_tier=1,
-    early_tool_tokens=3,
+EVERYTHING = LossConfig.model_validate(
+    {name: 0.5 + 0.1 * index for index, name in enumerate(LOSSES)}
+    | {"halt_class_weights": (1.0, 2.0), "caws_tier": 1, "early_tool_tokens": 3}
 )
 
 

@@ -64,11 +64,12 @@ def test_ids_beyond_the_masks_are_illegal(case):
 def test_gradients_pass_finite_differences(case):
     hidden, head, bias, legal, index = case
 
-    def value(*inputs):
-        return 3 * json_grammar_loss(*inputs[:2], index, packed(legal), torch.ones(5), bias=inputs[2], chunk_rows=2).sum
+    def value(hidden, head, bias):
+        return 3 * json_grammar_loss(hidden, head, index, packed(legal), torch.ones(5), bias=bias, chunk_rows=2).sum
 
     inputs = (hidden, head, bias)
-    gradients = torch.autograd.grad(value(*inputs), inputs)  # gradcheck differentiates twice, which this loss refuses
+    # Not gradcheck: it differentiates twice, which this loss refuses.
+    gradients = torch.autograd.grad(value(hidden, head, bias), inputs)
     with torch.no_grad():
         for which, gradient in enumerate(gradients):
             step = torch.randn_like(inputs[which]) * 1e-5

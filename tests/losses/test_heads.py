@@ -52,8 +52,8 @@ def test_gradients_are_the_finite_differences():
         lambda x: halt_head_loss(x, targets, class_weights=(0.5, 2.0), label_smoothing=0.1).sum, logits(4, 2)
     )
     assert torch.autograd.gradcheck(lambda x: expected_loops(x, sequence).sum, logits(4, 2))
-    for kind in ("bce", "mse"):
-        assert torch.autograd.gradcheck(lambda x, kind=kind: self_evaluation_loss(x, quality, kind=kind).sum, logits(4))
+    assert torch.autograd.gradcheck(lambda x: self_evaluation_loss(x, quality, kind="bce").sum, logits(4))
+    assert torch.autograd.gradcheck(lambda x: self_evaluation_loss(x, quality, kind="mse").sum, logits(4))
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, NAN])

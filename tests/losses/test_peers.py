@@ -7,6 +7,7 @@ Liger Kernel: the chunk loss of its fused linear JSD. Both mean forward KL at be
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ DIVERGENCES = [
     ("jsd", 0.0),
     ("jsd", 1.0),
 ]
-TOLERANCE = {"rtol": 0.0, "atol": 1e-6}
+TOLERANCE: Any = {"rtol": 0.0, "atol": 1e-6}
 
 
 def make_logits() -> tuple[Tensor, Tensor, Tensor]:
