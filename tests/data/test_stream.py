@@ -133,6 +133,7 @@ def prompt_blocks(tmp_path: Path, model: Path, count: int) -> tuple[PromptSet, p
         {
             "uid": result.uid,
             "epoch_uid": epoch_uid(result.uid, 1),
+            "step": np.zeros(count, np.int32),
             "file": ["train-0-00000.parquet"] * count,
             "row": np.arange(count, dtype=np.int32),
             "cache_file": pa.nulls(count, pa.string()),
