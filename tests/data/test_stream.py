@@ -153,7 +153,8 @@ def test_cached_rows_get_their_answers_and_the_others_null(tmp_path, tiny_model_
     index = cache.index()
     file, row = index.lookup(np.array(uid))
     names = pa.array([index.files[i] if i >= 0 else None for i in file], pa.string())
-    block = block.set_column(4, "cache_file", names).set_column(5, "cache_row", pa.array(row))
+    for name, values in {"cache_file": names, "cache_row": pa.array(row)}.items():
+        block = block.set_column(block.column_names.index(name), name, values)
     rows = Prompts(prompt_set.folder, cache)(block)
     assert rows["cached"].to_pylist() == [True, False, False, True, False]
     assert rows["topk_ids"].is_valid().to_pylist() == rows["cached"].to_pylist()
