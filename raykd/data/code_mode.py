@@ -59,6 +59,11 @@ def code_mode_spans(text: str) -> list[Span]:
     return spans + _statements(text, position, len(text))
 
 
+def num_code_calls(text: str, spans: Sequence[Span]) -> int:
+    """Calls of tools within code; `spans` of `code_mode_spans`."""
+    return sum(len(_API_CALL.findall(text, *span)) for span in spans)
+
+
 def _statements(text: str, start: int, end: int) -> list[Span]:
     return [Span(*match.span()) for match in _STATEMENT.finditer(text, start, end)]
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from raykd.data.examples import build_examples
 from raykd.data.offline_files import FileIndex, index_file, read_examples
 from raykd.data.offline_rows import Build, RowReader
+from raykd.data.pairs import numbered
 from raykd.data.prompt_rows import Reject
 from raykd.data.readers import DataError
 from raykd.data.uids import epoch_uid
@@ -103,7 +104,7 @@ def epoch_order(index: OfflineIndex, seed: int, epoch: int, *, shuffle: bool = T
 
 
 class KDDataset(IterableDataset[Example]):
-    """Examples of offline files, one epoch per iteration.
+    """Examples of offline files, one epoch per iteration; the two of a pair (pairs.py) one after the other.
 
     Rows are read when their turn comes; memory holds 20 bytes a row. What has no example is skipped, logged, kept in
     `rejected_file`, and too much of it ends the iteration.
@@ -137,7 +138,8 @@ class KDDataset(IterableDataset[Example]):
         wrong = {path: weight for path, weight in weights.items() if not 0 < weight < float("inf")}
         if wrong or not weights:
             raise DataError(f"weights of offline files: found {wrong or 'no file'}, expected positive numbers")
-        self.index = join_indexes([index_file(path, vocabulary_fingerprint) for path in weights], list(weights.values()))
+        vocabularies = [vocabulary_fingerprint] if vocabulary_fingerprint else []
+        self.index = join_indexes([index_file(path, *vocabularies) for path in weights], list(weights.values()))
         self.rejected: list[Reject] = []  # in the process that iterates
         self.position = 0  # rows of this rank's order that were read, in the process that iterates
         self._reader = RowReader(tokenizer, top_k, max_tokens, build)
@@ -177,12 +179,12 @@ class KDDataset(IterableDataset[Example]):
         self.position = self._start
         for start in range(0, len(rows), BLOCK_ROWS):
             block = rows[start : start + BLOCK_ROWS]
-            for row, uid, example in zip(block, uids[start : start + BLOCK_ROWS], self._read(block), strict=True):
+            for row, uid, examples in zip(block, uids[start : start + BLOCK_ROWS], self._read(block), strict=True):
                 self.position += 1
-                if isinstance(example, Example):
-                    yield replace(example, uid=int(uid), held_out=self._held_out or example.held_out)
+                if isinstance(examples, str):
+                    self._refuse(int(row), examples)
                 else:
-                    self._refuse(int(row), example)
+                    yield from numbered(examples, int(uid), held_out=self._held_out)
 
     def _order(self) -> tuple[np.ndarray, np.ndarray]:
         """Rows and uids that this rank reads next."""
@@ -191,8 +193,8 @@ class KDDataset(IterableDataset[Example]):
         left = ~np.isin(uids, self._consumed)
         return rows[left], uids[left]
 
-    def _read(self, rows: np.ndarray) -> list[Example | str]:
-        found: dict[int, Example | str] = {}
+    def _read(self, rows: np.ndarray) -> list[tuple[Example, ...] | str]:
+        found: dict[int, tuple[Example, ...] | str] = {}
         for number in np.unique(self.index.file[rows]):
             file, places = self.index.files[number], np.flatnonzero(self.index.file[rows] == number)
             positions = file.position[self.index.row[rows[places]]]

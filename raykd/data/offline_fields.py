@@ -6,11 +6,12 @@ In:  a row as read from JSONL or Parquet. Out: its fields by name, checked array
 |---|---|---|
 | `prompt`, or `messages` (and `tools`) | top | raw text; or a conversation that the tokenizer's chat template renders |
 | `teacher_text` | top | the response; the end-of-text token is added unless `finish_reason` is "length" |
+| `rejected_text` | top | another response to the same prompt, to which `teacher_text` is preferred: the two become a pair |
 | `prompt_ids`, `output_ids`, `response_mask` | top | the very tokens: nothing is tokenised, texts are compared |
 | `topk_ids`, `topk_logprobs`, `log_tail`, `top_k` | top | teacher scores per output token, [T][K] or flat; null is -inf |
 | `teacher_logits` | top | [T][V] or flat, reduced to the top K on reading |
 | `teacher_quality_score` | top | score of the response in [0, 1] |
-| `teacher_hidden_states` | top | [L][T][H], one state for every token of the sequence |
+| `teacher_hidden_states` | top | [L][T][H], one state for every token of the sequence; null at tokens without |
 | `tool_name_source` | top | schema, mask+schema, original, heuristic: the trust in the tool names |
 | `spans` | top | spans of the calls and reused values in `teacher_text` (`TurnSpans`), instead of searching for them |
 | `span_targets` | metadata | `{ts_mode_spans, direct_tool_spans}`: [start, end) of response tokens |
@@ -18,6 +19,9 @@ In:  a row as read from JSONL or Parquet. Out: its fields by name, checked array
 | `loop_index`, `max_loops`, `judge_score`, `prev_score`, `curriculum_stage` | metadata | a refinement loop, for halting |
 | `tool_name_ids`, `gold_json_text_ids`, `tool_result_fields`, their masks | top | ids of pieces of text: compared only |
 | `uid`, `teacher_id`, `finish_reason`, `response_source` | top | as in the stream; the last: gold, teacher or student |
+
+A row with `messages` that end with an assistant turn, and no `teacher_text`, is a whole recorded conversation: all its
+assistant turns are supervised, as with data.completions=recorded, and messages may have the keys of `refinement.py`.
 
 A field found in another place (top, `metadata`, `process_supervision`) is taken from there, with one warning per process.
 """
@@ -37,9 +41,9 @@ from raykd.data.conversation import RowError
 logger = logging.getLogger(__name__)
 
 _TOP_FIELDS = """
-    prompt messages tools tool_names teacher_text prompt_ids output_ids response_mask topk_ids topk_logprobs log_tail top_k
-    teacher_logits teacher_quality_score teacher_hidden_states tool_name_source spans tool_name_ids tool_name_mask
-    gold_json_text_ids mask_valid_json_tokens tool_result_fields integration_mask uid teacher_id finish_reason
+    prompt messages tools tool_names teacher_text rejected_text prompt_ids output_ids response_mask topk_ids topk_logprobs
+    log_tail top_k teacher_logits teacher_quality_score teacher_hidden_states tool_name_source spans tool_name_ids
+    tool_name_mask gold_json_text_ids mask_valid_json_tokens tool_result_fields integration_mask uid teacher_id finish_reason
     response_source training_text loss_mask teacher_reasoning teacher_reasoning_content
 """
 _METADATA_FIELDS = "span_targets tool_results loop_index max_loops judge_score prev_score curriculum_stage"
@@ -121,6 +125,14 @@ def read_text(value: Any, name: str) -> str:
     return value
 
 
+def optional_string(fields: Mapping[str, Any], name: str) -> str:
+    """A field that is a string, "" where it is not there."""
+    value = fields.get(name, "")
+    if not isinstance(value, str):
+        raise RowError(f"`{name}` is {kind(value)}, expected a string")
+    return value
+
+
 def read_ids(value: Any, name: str, vocab_size: int) -> np.ndarray:
     """Token ids, int32, of the shape they have in the row (one or two dimensions)."""
     array = _array(value, name)
@@ -144,14 +156,15 @@ def read_mask(value: Any, name: str, length: int) -> np.ndarray:
 
 
 def read_floats(value: Any, name: str, *, missing: float | None = None) -> np.ndarray:
-    """Numbers, float64, of the shape they have in the row; null becomes `missing` where that is allowed."""
+    """Numbers, float64, of the shape they have in the row; where null is allowed it becomes `missing`, perhaps NaN."""
     if missing is not None:
         value = _replace_nulls(value, missing)
     array = _array(value, name)
     if array.size and array.dtype.kind not in "iuf":
         raise RowError(f"`{name}` holds {array.dtype.name} values, expected numbers")
     array = array.astype(np.float64)
-    if np.isnan(array).any() or (array == math.inf).any():
+    may_be_nan = missing is not None and math.isnan(missing)
+    if (np.isnan(array).any() and not may_be_nan) or (array == math.inf).any():
         raise RowError(f"`{name}` holds NaN or infinity")
     return array
 

@@ -2,11 +2,12 @@
 
 In:  JSONL (rows of `offline_fields.py`, an optional header line), or Parquet: of such rows, of TEACHER_OUTPUT_SCHEMA (with
      the prompts' columns or without), or of EXAMPLE_SCHEMA.
-Out: a `FileIndex` per file, 20 bytes a row; examples by (file, position).
+Out: a `FileIndex` per file, 20 bytes a row; examples by (file, position). Stored examples come one by one: no pairs.
 
 A header is the first line that is not blank, an object with `__header__`: true, or the header itself in it. Of its entries
 `dataset_fingerprint` (or `dataset_sha256`), the SHA-256 of all other lines that are not blank, and `vocabulary_fingerprint`
-are checked.
+are checked. Parquet may have the latter in the metadata of its schema. It says whose ids the rows have (the teacher's, or
+the student's where that one has other ids or more tokens), and whose tokens texts are split into; without it the teacher's.
 """
 
 from __future__ import annotations
@@ -50,22 +51,30 @@ class FileIndex:
     fingerprint: str  # SHA-256 of the rows (jsonl), of uids and layout (Parquet)
     header: Mapping[str, Any]
 
+    @property
+    def vocabulary(self) -> str | None:
+        """Fingerprint of the vocabulary of its ids; None where the file does not say."""
+        return self.header.get("vocabulary_fingerprint")
 
-def index_file(path: str | Path, vocabulary_fingerprint: str | None = None) -> FileIndex:
+
+def index_file(path: str | Path, *vocabularies: str) -> FileIndex:
     """Read a file once and note where its rows are; rows that cannot be used are rejected with line and reason.
 
-    Raises DataError for a file that cannot be read, and for a header that does not fit the rows or the vocabulary.
+    `vocabularies`: fingerprints of those that its ids may be of; none given: any. Raises DataError for a file that cannot be
+    read, and for a header that does not fit the rows or the vocabularies.
     """
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file; expected a JSONL or Parquet file of offline data")
     try:
-        return _index_parquet(path) if path.suffix in (".parquet", ".pq") else _index_jsonl(path, vocabulary_fingerprint)
+        index = _index_parquet(path) if path.suffix in (".parquet", ".pq") else _index_jsonl(path)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
+    _check_header(path, index, vocabularies)
+    return index
 
 
-def _index_jsonl(path: Path, vocabulary_fingerprint: str | None) -> FileIndex:
+def _index_jsonl(path: Path) -> FileIndex:
     found: list[tuple[int, int, int]] = []
     rejected: list[Reject] = []
     digest = hashlib.sha256()
@@ -84,7 +93,6 @@ def _index_jsonl(path: Path, vocabulary_fingerprint: str | None) -> FileIndex:
                 _note(raw, position, path, found, rejected)
             is_first = False
     fingerprint = digest.hexdigest()
-    _check_header(path, header, fingerprint, vocabulary_fingerprint)
     positions, lines, uids = np.array(found, np.int64).reshape(-1, 3).T
     return FileIndex(str(path), "jsonl", positions, lines.astype(np.int32), uids, rejected, fingerprint, header)
 
@@ -99,25 +107,27 @@ def _note(raw: RawRow, position: int, path: Path, found: list[tuple[int, int, in
         rejected.append(Reject(str(path), raw.line, str(error)))
 
 
-def _check_header(path: Path, header: Mapping[str, Any], fingerprint: str, vocabulary_fingerprint: str | None) -> None:
-    stated = header.get("dataset_fingerprint") or header.get("dataset_sha256")
-    if stated is not None and stated != fingerprint:
+def _check_header(path: Path, index: FileIndex, vocabularies: Sequence[str]) -> None:
+    stated = index.header.get("dataset_fingerprint") or index.header.get("dataset_sha256")
+    if stated is not None and stated != index.fingerprint:
         raise DataError(
-            f"{path}: the header says dataset_fingerprint {stated}, the rows have {fingerprint}: the file was changed "
+            f"{path}: the header says dataset_fingerprint {stated}, the rows have {index.fingerprint}: the file was changed "
             "after it was written; write it anew, or remove the entry from the header"
         )
-    vocabulary = header.get("vocabulary_fingerprint")
-    if vocabulary is not None and vocabulary_fingerprint not in (None, vocabulary):
+    if index.vocabulary is not None and vocabularies and index.vocabulary not in vocabularies:
         raise DataError(
-            f"{path}: its token ids are of vocabulary {vocabulary}, the tokenizer has {vocabulary_fingerprint}: take that "
-            "tokenizer, map the ids (raykd.student.tokenizer.remap_ids), or leave them out and keep the texts"
+            f"{path}: its ids are of vocabulary {index.vocabulary}, expected {' or '.join(dict.fromkeys(vocabularies))}"
+            ", which the tokenizers have: take that tokenizer, map the ids (raykd.vocabulary.remap_ids), or leave them out "
+            "and keep the texts"
         )
 
 
 def _index_parquet(path: Path) -> FileIndex:
     file = pq.ParquetFile(path)
     names = set(file.schema_arrow.names)
-    if {"uid", "input_ids", "marks"} <= names or {"uid", "prompt_ids", "output_ids", "finish_reason"} <= names:
+    is_teacher_output = {"uid", "prompt_ids", "output_ids", "finish_reason"} <= names
+    is_teacher_output &= not names & {"messages", "prompt", "teacher_text"}  # else offline rows with their tokens
+    if {"uid", "input_ids", "marks"} <= names or is_teacher_output:
         uids = file.read(columns=["uid"])["uid"].to_numpy().astype(np.int64)
         positions, rejected = np.arange(len(uids)), []
         kind: Kind = "examples" if "marks" in names else "teacher"
@@ -133,11 +143,14 @@ def _index_parquet(path: Path) -> FileIndex:
     groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
     digest.update(json.dumps([[g.num_rows, g.total_byte_size] for g in groups] + sorted(names)).encode())
     lines = (positions + 1).astype(np.int32)
-    return FileIndex(str(path), kind, positions, lines, uids, rejected, digest.hexdigest(), {})
+    vocabulary = (file.schema_arrow.metadata or {}).get(b"vocabulary_fingerprint")
+    header = {} if vocabulary is None else {"vocabulary_fingerprint": vocabulary.decode()}
+    return FileIndex(str(path), kind, positions, lines, uids, rejected, digest.hexdigest(), header)
 
 
-def read_examples(path: str, kind: Kind, positions: np.ndarray, reader: RowReader) -> list[Example | str]:
-    """The rows at these positions, in this order: an example each, or the reason why there is none.
+def read_examples(path: str, kind: Kind, positions: np.ndarray, reader: RowReader) -> list[tuple[Example, ...] | str]:
+    """The rows at these positions, in this order: an example each (a pair of them where `RowReader` makes one), or the
+    reason why there is none.
 
     Raises DataError where the file has changed since it was indexed.
     """
@@ -149,7 +162,12 @@ def read_examples(path: str, kind: Kind, positions: np.ndarray, reader: RowReade
     vocab_size = reader.num_ids
     if kind == "examples":
         table = _with_all_columns(table)
-        return [_example_problem(table, i, vocab_size) or example_from_row(table, i) for i in range(table.num_rows)]
+        return [
+            _example_problem(table, i, vocab_size)
+            or _length_problem(table, i, ("input_ids",), reader)
+            or (example_from_row(table, i),)
+            for i in range(table.num_rows)
+        ]
     return _from_teacher_output(table, reader, vocab_size)
 
 
@@ -179,21 +197,23 @@ def _take(path: str, positions: np.ndarray) -> pa.Table:
     return table.take(pa.array(read_starts[which] + inside)).combine_chunks()
 
 
-def _from_teacher_output(table: pa.Table, reader: RowReader, vocab_size: int) -> list[Example | str]:
+def _from_teacher_output(table: pa.Table, reader: RowReader, vocab_size: int) -> list[tuple[Example, ...] | str]:
     """Rows of the teacher's output; without the prompts' columns its messages and tools are unknown."""
     uids = table["uid"].to_pylist()
     place = table.schema.get_field_index("uid")
     table = table.set_column(place, "uid", pa.array(np.arange(table.num_rows)))
-    results: dict[int, Example | str] = {}
+    results: dict[int, tuple[Example, ...] | str] = {}
     for index in range(table.num_rows):
-        problem = _ids_problem(table, index, ("prompt_ids", "output_ids", "topk_ids"), vocab_size)
+        problem = _ids_problem(table, index, ("prompt_ids", "output_ids"), vocab_size)
+        problem = problem or _ids_problem(table, index, ("topk_ids",), 2**31)  # some may be padding of the teacher's head
+        problem = problem or _length_problem(table, index, ("prompt_ids", "output_ids"), reader)
         if problem:
             results[index] = problem
     built, rejected = reader.build(table.filter(pa.array([i not in results for i in range(len(uids))])), reader.tokenizer)
     results |= dict(zip(rejected["uid"].to_pylist(), rejected["reason"].to_pylist(), strict=True))
     for position in range(built.num_rows):
         example = example_from_row(built, position)
-        results[example.uid] = dataclasses.replace(example, uid=uids[example.uid])
+        results[example.uid] = (dataclasses.replace(example, uid=uids[example.uid]),)
     return [results[index] for index in range(len(uids))]
 
 
@@ -204,6 +224,13 @@ def _ids_problem(table: pa.Table, index: int, names: Sequence[str], vocab_size: 
         if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
             return f"`{name}` holds ids from {ids.min()} to {ids.max()}, expected 0 to {vocab_size - 1}: the tokenizer's"
     return None
+
+
+def _length_problem(table: pa.Table, index: int, names: Sequence[str], reader: RowReader) -> str | None:
+    num_tokens = sum(len(table[name][index].values or ()) for name in names)
+    if reader.max_tokens is None or num_tokens <= reader.max_tokens:
+        return None
+    return f"{num_tokens} tokens, expected at most {reader.max_tokens}; leave the row out or raise the context"
 
 
 def _example_problem(table: pa.Table, index: int, vocab_size: int) -> str | None:

@@ -1,10 +1,9 @@
 """Offline rows to examples, through the same function as the stream.
 
 In:  rows as read from JSONL (fields: `offline_fields.py`), and the tokenizer.
-Out: per row an `Example`, or the reason why there is none.
+Out: per row an `Example` (and that of its rejected text), or the reason why there is none.
 
-Prompt and response are tokenised as one string; the tokens that touch the response are its tokens. Rows that bring their
-tokens are not tokenised.
+A row with a `rejected_text` gives two examples or none (`pairs.py`).
 """
 
 from __future__ import annotations
@@ -13,28 +12,27 @@ import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from raykd.data.chat import render_prompt
 from raykd.data.conversation import RowError, read_conversation
-from raykd.data.detokenize import decode_tokens
 from raykd.data.examples import BuiltExamples, build_examples, example_from_row
-from raykd.data.extractors import token_mask
 from raykd.data.halt_targets import halt_targets
 from raykd.data.offline_fields import (
     gather_fields,
     kind,
+    optional_string,
     read_floats,
-    read_ids,
     read_mask,
     read_number,
     read_spans,
     read_text,
 )
 from raykd.data.offline_scores import Scores, read_scores
+from raykd.data.offline_tokens import RowTokens, compare_pieces, is_recorded, read_recorded, read_tokens
+from raykd.data.pairs import numbered, rejected_half
 from raykd.data.process_targets import TOOL_NAME_WEIGHTS, TurnSpans, marks_of_spans
 from raykd.data.uids import hash_uid
 from raykd.loss_config import HaltConfig
@@ -56,52 +54,81 @@ class RowReader:
     max_tokens: int | None = None  # of prompt and response; longer rows are rejected, never cut
     build: Build = build_examples
     halt: HaltConfig = field(default_factory=HaltConfig)  # the rule for rows that are a loop of a refinement
+    pairs: bool = True  # make examples of rejected texts: each costs as much as any other, for the preference loss alone
 
     @functools.cached_property
     def num_ids(self) -> int:
         """Ids that the tokenizer knows."""
         return vocabulary_size(self.tokenizer)
 
-    def examples(self, rows: Sequence[Mapping[str, Any]]) -> list[Example | str]:
-        """Per row an example, or the reason why there is none."""
-        read: list[_OfflineRow | str] = []
+    def examples(self, rows: Sequence[Mapping[str, Any]]) -> list[tuple[Example, ...] | str]:
+        """Per row its example, behind it that of its rejected text where it has one; or the reason why there is none."""
+        read: list[tuple[_OfflineRow, ...] | str] = []
         for row in rows:
             try:
                 read.append(self._read(row))
             except RowError as error:
                 read.append(str(error))
-        usable = [(index, row) for index, row in enumerate(read) if isinstance(row, _OfflineRow)]
-        if not usable:
-            return [row for row in read if isinstance(row, str)]
-        built, rejected = self.build(_teacher_table(usable), self.tokenizer)
-        results: dict[int, Example | str] = {i: row for i, row in enumerate(read) if isinstance(row, str)}
-        results |= dict(zip(rejected["uid"].to_pylist(), rejected["reason"].to_pylist(), strict=True))
+        built = iter(self._build([half for halves in read if not isinstance(halves, str) for half in halves]))
+        results: list[tuple[Example, ...] | str] = []
+        for halves in read:
+            if isinstance(halves, str):
+                results.append(halves)
+                continue
+            made = [next(built) for _ in halves]
+            problems = [half for half in made if isinstance(half, str)]
+            examples = tuple(half for half in made if isinstance(half, Example))
+            results.append(problems[0] if problems else numbered(examples, halves[0].uid))
+        return results
+
+    def _build(self, rows: Sequence[_OfflineRow]) -> list[Example | str]:
+        """Per checked row an example, or why there is none."""
+        if not rows:
+            return []
+        built, rejected = self.build(_teacher_table(rows), self.tokenizer)
+        results: dict[int, Example | str] = dict(
+            zip(rejected["uid"].to_pylist(), rejected["reason"].to_pylist(), strict=True)
+        )
         for position in range(built.num_rows):
             example = example_from_row(built, position)
-            row = read[example.uid]
-            assert isinstance(row, _OfflineRow), "a rejected row was built"
-            results[example.uid] = _complete(example, row)
+            results[example.uid] = _complete(example, rows[example.uid])
         return [results[index] for index in range(len(rows))]
 
-    def _read(self, row: Mapping[str, Any]) -> _OfflineRow:
+    def _read(self, row: Mapping[str, Any]) -> tuple[_OfflineRow, ...]:
+        """The row with its response and, where it has one, the same with its rejected text in place of that."""
         fields = gather_fields(row)
-        given = "output_ids" in fields
-        tokens = _read_given_tokens(fields, self.tokenizer, self.num_ids) if given else _tokenize(fields, self.tokenizer)
+        written = self._read_response(fields)
+        if "rejected_text" not in fields or not self.pairs:
+            return (written,)
+        text = _rejected_text(fields)
+        tokens = read_tokens(fields | {"teacher_text": text, "finish_reason": "stop"}, self.tokenizer, self.num_ids)
+        self._check_length(tokens, "rejected text")
+        no_scores = read_scores({}, len(tokens.prompt_ids), len(tokens.output_ids), self.num_ids, self.top_k)
+        return written, replace(written, tokens=tokens, scores=no_scores, is_rejected=True)
+
+    def _check_length(self, tokens: RowTokens, name: str) -> None:
         num_prompt, num_output = len(tokens.prompt_ids), len(tokens.output_ids)
         if self.max_tokens is not None and num_prompt + num_output > self.max_tokens:
             raise RowError(
-                f"prompt and response have {num_prompt} + {num_output} tokens, expected at most {self.max_tokens}; shorten "
+                f"prompt and {name} have {num_prompt} + {num_output} tokens, expected at most {self.max_tokens}; shorten "
                 "the row or raise the context"
             )
-        _compare_pieces(fields, tokens, self.tokenizer, self.num_ids)
+
+    def _read_response(self, fields: Mapping[str, Any]) -> _OfflineRow:
+        tokens = read_tokens(fields, self.tokenizer, self.num_ids)
+        self._check_length(tokens, "response")
+        num_prompt, num_output = len(tokens.prompt_ids), len(tokens.output_ids)
+        compare_pieces(fields, tokens, self.tokenizer, self.num_ids)
         messages, tools = read_context(fields)
+        if "loop_index" in fields and any("loop" in message for message in messages):
+            raise RowError("`loop_index` beside `loop` on messages: expected the one (of the last response) or the other")
         return _OfflineRow(
             uid=_uid(fields),
             tokens=tokens,
             messages_json=json.dumps(messages, ensure_ascii=False),
             tools_json=json.dumps(tools, ensure_ascii=False),
             scores=read_scores(fields, num_prompt, num_output, self.num_ids, self.top_k),
-            teacher_id=_string(fields, "teacher_id"),
+            teacher_id=optional_string(fields, "teacher_id"),
             source=_source(fields),
             output_marks=_extra_marks(fields, tokens),
             spans=_turn_spans(fields, tokens),
@@ -119,10 +146,15 @@ class RowReader:
                 raise RowError(f"`tool_name_source` is {kind(source)}, expected one of {', '.join(TOOL_NAME_WEIGHTS)}")
             columns["tool_name_weight"] = TOOL_NAME_WEIGHTS[source]
         if "teacher_hidden_states" in fields:
-            states = read_floats(fields["teacher_hidden_states"], "teacher_hidden_states")
+            states = read_floats(fields["teacher_hidden_states"], "teacher_hidden_states", missing=np.nan)
             if states.ndim != 3 or states.shape[1] != num_tokens:
                 raise RowError(
                     f"`teacher_hidden_states` has shape {list(states.shape)}, expected [layers, {num_tokens} tokens, hidden]"
+                )
+            none = np.isnan(states)
+            if (none.any(axis=(0, 2)) & ~none.all(axis=(0, 2))).any():
+                raise RowError(
+                    "`teacher_hidden_states` is null in part at a token: expected a whole state, or none in all layers"
                 )
             columns["teacher_hidden"] = states.astype(np.float16)
         if "loop_index" in fields:
@@ -130,23 +162,12 @@ class RowReader:
         return columns
 
 
-class _Tokens(NamedTuple):
-    """The tokens of a row of R output tokens."""
-
-    prompt_ids: np.ndarray  # int32 [P]
-    output_ids: np.ndarray  # int32 [R]
-    offsets: np.ndarray  # int64 [R, 2] characters of `text`
-    text: str  # the response as the row has it
-    finish_reason: str
-    response_mask: np.ndarray | None  # bool [R]; None: all
-
-
 @dataclass(frozen=True)
 class _OfflineRow:
     """A checked row."""
 
     uid: int
-    tokens: _Tokens
+    tokens: RowTokens
     messages_json: str
     tools_json: str
     scores: Scores
@@ -155,17 +176,23 @@ class _OfflineRow:
     output_marks: np.ndarray  # uint16 [R], marks on top of those found in the text
     spans: TurnSpans | None  # in place of those found in the text
     columns: dict[str, Any]
+    is_rejected: bool = False  # half of a pair that only its tokens are wanted of
 
 
 def check_row(row: Mapping[str, Any]) -> int:
     """The uid of a row, and whatever can be seen to be wrong without a tokenizer, as RowError."""
     fields = gather_fields(row)
+    if "rejected_text" in fields:
+        _rejected_text(fields)
     if "output_ids" in fields:
         if "prompt_ids" not in fields:
             raise RowError("`output_ids` without `prompt_ids`; expected both, or prompt and teacher_text")
         return _uid(fields)
     if "prompt" not in fields and "messages" not in fields:
         raise RowError(f"row has neither `prompt` nor `messages` nor `prompt_ids`; found {sorted(row)}")
+    if is_recorded(fields):
+        read_recorded(fields)
+        return _uid(fields)
     if "teacher_text" not in fields:
         raise RowError(f"row has no `teacher_text`; found {sorted(row)}")
     read_text(fields["teacher_text"], "teacher_text")
@@ -181,67 +208,28 @@ def _uid(fields: Mapping[str, Any]) -> int:
         if type(uid) is not int or not 0 <= uid < 2**63:
             raise RowError(f"`uid` is {kind(uid)}, expected an integer from 0 to 2**63 - 1")
         return uid
-    content = [fields.get(name) for name in ("prompt", "messages", "tools", "prompt_ids", "teacher_text", "output_ids")]
-    return hash_uid(json.dumps(content, sort_keys=True))
+    names = ("prompt", "messages", "tools", "prompt_ids", "teacher_text", "output_ids", "rejected_text")
+    return hash_uid(json.dumps([fields.get(name) for name in names], sort_keys=True))
 
 
-def _read_given_tokens(fields: Mapping[str, Any], tokenizer: Any, num_ids: int) -> _Tokens:
-    prompt_ids = read_ids(fields.get("prompt_ids"), "prompt_ids", num_ids)
-    output_ids = read_ids(fields["output_ids"], "output_ids", num_ids)
-    text, offsets = decode_tokens(tokenizer, output_ids)
-    given = fields.get("teacher_text", text)
-    if given != text:
-        raise RowError(
-            f"`output_ids` spell {text[:40]!r}, `teacher_text` is {kind(given)}: other text, or ids of another tokenizer"
-        )
-    mask = fields.get("response_mask")
-    return _Tokens(
-        prompt_ids=prompt_ids,
-        output_ids=output_ids,
-        offsets=offsets,
-        text=text,
-        finish_reason=_string(fields, "finish_reason"),
-        response_mask=None if mask is None else read_mask(mask, "response_mask", len(output_ids)),
-    )
-
-
-def _tokenize(fields: Mapping[str, Any], tokenizer: Any) -> _Tokens:
-    if "response_mask" in fields:
-        raise RowError("`response_mask` without `output_ids`: expected the tokens that it speaks of")
-    response = read_text(fields.get("teacher_text"), "teacher_text")
-    if "prompt" in fields:
-        prompt = read_text(fields["prompt"], "prompt")
-    else:
-        conversation = read_conversation({"messages": fields.get("messages"), "tools": fields.get("tools")}, "teacher")
-        prompt = render_prompt(tokenizer, conversation.messages, conversation.tools)
-    finish_reason = _string(fields, "finish_reason") or "stop"
-    end = tokenizer.eos_token or ""
-    text = prompt + response
-    if finish_reason != "length" and not response.endswith(end):
-        text += end
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids = np.array(encoded["input_ids"], dtype=np.int32)
-    offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-    is_response = token_mask(offsets, [Span(len(prompt), len(text))])
-    first = int(np.argmax(is_response)) if is_response.any() else len(ids)
-    return _Tokens(
-        prompt_ids=ids[:first],
-        output_ids=ids[first:],
-        offsets=np.maximum(offsets[first:] - len(prompt), 0),
-        text=response,
-        finish_reason=finish_reason,
-        response_mask=None,
-    )
+def _rejected_text(fields: Mapping[str, Any]) -> str:
+    text = read_text(fields["rejected_text"], "rejected_text")
+    if "output_ids" in fields:
+        raise RowError("`rejected_text` beside `output_ids`: expected both responses as texts, `teacher_text` the other one")
+    if text == fields.get("teacher_text"):
+        raise RowError("`rejected_text` is the same as `teacher_text`: there is nothing to prefer")
+    return text
 
 
 def read_context(fields: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Messages before the response (the tool results among them are looked for in it) and offered tools."""
+    """Messages before the response (the tool results among them are looked for in it), of a recorded conversation all, and
+    offered tools."""
     messages: list[dict[str, Any]] = []
     tools: list[dict[str, Any]] = []
     if "messages" in fields or "tools" in fields:
         placeholder = [{"role": "user", "content": ""}]
         row = {"messages": fields.get("messages", placeholder), "tools": fields.get("tools")}
-        conversation = read_conversation(row, "recorded" if "response_mask" in fields else "teacher")
+        conversation = read_conversation(row, "recorded" if is_recorded(fields) else "teacher")
         messages, tools = conversation.messages, conversation.tools
     names = fields.get("tool_names")
     if names is not None and not tools:
@@ -253,28 +241,7 @@ def read_context(fields: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[
     return messages, tools
 
 
-def _compare_pieces(fields: Mapping[str, Any], tokens: _Tokens, tokenizer: Any, num_ids: int) -> None:
-    """Fields that hold ids of pieces tokenised on their own: they must be whole, and spell text of the response.
-
-    What is supervised is found in the text, for a piece has other tokens on its own than within it.
-    """
-    for name, mask in (("tool_name_ids", "tool_name_mask"), ("gold_json_text_ids", "mask_valid_json_tokens")):
-        if name not in fields:
-            if mask in fields:
-                raise RowError(f"`{mask}` without `{name}`")
-            continue
-        ids = read_ids(fields[name], name, num_ids)
-        if mask in fields:
-            ids = ids[read_mask(fields[mask], mask, len(ids))]
-        piece = tokenizer.decode(ids.tolist()).strip(' "\n')
-        letters = iter(tokens.text)
-        if not all(letter in letters for letter in piece if not letter.isspace()):  # several pieces may stand end to end
-            raise RowError(f"`{name}` spells {piece[:40]!r}, which is not in the response: ids of another tokenizer or row")
-    if "tool_result_fields" in fields:
-        read_ids(fields["tool_result_fields"], "tool_result_fields", num_ids)
-
-
-def _extra_marks(fields: Mapping[str, Any], tokens: _Tokens) -> np.ndarray:
+def _extra_marks(fields: Mapping[str, Any], tokens: RowTokens) -> np.ndarray:
     """uint16 [R]: marks that the row names token by token."""
     num_output = len(tokens.output_ids)
     marks = np.zeros(num_output, np.uint16)
@@ -314,7 +281,7 @@ def _halt_target(fields: Mapping[str, Any], config: HaltConfig) -> float:
     return float(targets.halt[0, index])
 
 
-def _turn_spans(fields: Mapping[str, Any], tokens: _Tokens) -> TurnSpans | None:
+def _turn_spans(fields: Mapping[str, Any], tokens: RowTokens) -> TurnSpans | None:
     given = fields.get("spans")
     if given is None:
         return None
@@ -335,20 +302,12 @@ def _source(fields: Mapping[str, Any]) -> Source | None:
     return Source[name.upper()]
 
 
-def _string(fields: Mapping[str, Any], name: str) -> str:
-    value = fields.get(name, "")
-    if not isinstance(value, str):
-        raise RowError(f"`{name}` is {kind(value)}, expected a string")
-    return value
-
-
-def _teacher_table(rows: Sequence[tuple[int, _OfflineRow]]) -> pa.Table:
-    """Rows in the form that the stream's builder reads; their uid is their place among the rows read."""
-    read = [row for _, row in rows]
+def _teacher_table(read: Sequence[_OfflineRow]) -> pa.Table:
+    """Rows in the form that the stream's builder reads; their uid is their place."""
     masks = [row.tokens.response_mask for row in read]
     return pa.table(
         {
-            "uid": pa.array([index for index, _ in rows], pa.int64()),
+            "uid": pa.array(range(len(read)), pa.int64()),
             "messages_json": [row.messages_json for row in read],
             "tools_json": [row.tools_json for row in read],
             "prompt_ids": pa.array([row.tokens.prompt_ids for row in read], pa.list_(pa.int32())),
@@ -366,6 +325,8 @@ def _teacher_table(rows: Sequence[tuple[int, _OfflineRow]]) -> pa.Table:
 
 def _complete(example: Example, row: _OfflineRow) -> Example:
     """The built example with what only the offline row says."""
+    if row.is_rejected:
+        return rejected_half(example)
     first = len(row.tokens.prompt_ids)
     marks = example.marks.copy()
     columns = dict(row.columns)

@@ -20,6 +20,11 @@ def hash_uid(*parts: str | np.ndarray) -> int:
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
+def rejected_uid(uid: int) -> int:
+    """Uid of the rejected half of the pair that row `uid` holds, positive; it is also the number of the pair."""
+    return hash_uid("rejected", str(uid)) | 1
+
+
 def epoch_uid(uid: np.ndarray, epoch: int | np.ndarray) -> np.ndarray:
     """Uids of rows in a pass over them, int64, not negative: pass 0 has the rows' own, others a mix of both (splitmix64)."""
     with np.errstate(over="ignore"):

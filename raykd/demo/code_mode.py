@@ -1,11 +1,12 @@
 """The demo world in code mode: the same task done by a short TypeScript program, and by direct tool calls.
 
-In:  how many tasks, seed, side ("train" or "held_out"). Out: two conversations per task, as dictionaries in the OpenAI form
-or as a JSONL file (`python -m raykd.demo.code_mode --out FILE --tasks N --seed S`).
+In:  how many tasks, seed, side ("train" or "held_out"). Out: a pair of responses per task, as rows for `data.offline`
+(fields: raykd/data/offline_fields.py), dictionaries or a JSONL file
+(`python -m raykd.demo.code_mode --out FILE --tasks N --seed S`).
 
 A program calls tools as `await tools.<name>({ ... })`, one after the other, and returns what the user is told; only that
 comes back, so the tool results themselves never take room in the context. Programs use no more of TypeScript than
-`run_program` understands. Tasks need two tools or more whose calls succeed; both forms end with the same answer.
+`run_program` understands. Tasks need two tools or more whose calls succeed.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from raykd.demo.corpus import SCENES, Dialogue, fitting_dialogue, messages_of, seeded, spoken_fields
+from raykd.demo.corpus import SCENES, fitting_dialogue, seeded, spoken_fields
 from raykd.demo.registry import call_tool, openai_tool, openai_tools
 
 _TYPES = {"string": "string", "integer": "number", "number": "number", "boolean": "boolean"}
@@ -69,10 +70,10 @@ def run_program(code: str) -> str:
 
 
 def generate_pairs(num_tasks: int, seed: int, split: str) -> Iterator[dict[str, Any]]:
-    """Both conversations of `num_tasks` tasks, the one in code first.
+    """`num_tasks` rows whose `teacher_text` is the assistant's turn in code and whose `rejected_text` is the one with calls.
 
-    split: "train" or "held_out". A row has `id`, `form` ("code" or "direct"), `messages`, `tools`, and `pair`: the same
-    number on both, positive on the one to prefer (code).
+    split: "train" or "held_out". Both are as the demo's chat template writes them. A row also has `id`, `messages`, `tools`,
+    `response_source`, and the `answer` that the program returns.
     """
     rng = seeded(seed, split)
     for index in range(1, num_tasks + 1):
@@ -80,31 +81,24 @@ def generate_pairs(num_tasks: int, seed: int, split: str) -> Iterator[dict[str, 
         while len(dialogue.calls) < 2:
             dialogue, offered = fitting_dialogue(rng, "tool_result", split, (2, 4))
         system = {"role": "system", "content": f"Tools may be called from TypeScript:\n{typescript_api(offered)}"}
-        for form, sign, messages in (("code", 1, _in_code(dialogue)), ("direct", -1, messages_of(dialogue))):
-            yield {
-                "id": f"{split}-{seed}-{index}-{form}",
-                "form": form,
-                "pair": sign * index,
-                "tools": openai_tools(offered),
-                "messages": [system, *messages],
-            }
-
-
-def _in_code(dialogue: Dialogue) -> list[dict[str, Any]]:
-    code = program(dialogue.calls)
-    return [
-        {"role": "user", "content": dialogue.text},
-        {"role": "assistant", "content": f"```ts\n{code}\n```"},
-        {"role": "tool", "content": json.dumps({"returned": run_program(code)}, ensure_ascii=False)},
-        {"role": "assistant", "content": dialogue.answer},
-    ]
+        code = program(dialogue.calls)
+        calls = (json.dumps(call, ensure_ascii=False) for call in dialogue.calls)
+        yield {
+            "id": f"{split}-{seed}-{index}",
+            "tools": openai_tools(offered),
+            "messages": [system, {"role": "user", "content": dialogue.text}],
+            "teacher_text": f"```ts\n{code}\n```",
+            "rejected_text": "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls),
+            "response_source": "gold",
+            "answer": run_program(code),
+        }
 
 
 def main(argv: list[str] | None = None) -> None:
     """Write a JSONL file of code-mode pairs."""
     parser = argparse.ArgumentParser(prog="python -m raykd.demo.code_mode", description=main.__doc__)
     parser.add_argument("--out", type=Path, required=True, help="file to write")
-    parser.add_argument("--tasks", type=int, default=500, help="number of tasks, two rows each")
+    parser.add_argument("--tasks", type=int, default=500, help="number of tasks, a row each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", choices=("train", "held_out"), default="train")
     options = parser.parse_args(argv)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from raykd.losses.reduction import log1mexp, masked_sum
-from raykd.types import Mark, TokenLoss
+from raykd.types import Mark, Source, TokenLoss
 
 
 class CodeModePreferenceLoss(nn.Module):
@@ -80,18 +80,26 @@ def sequence_logprobs(target_logprobs: Tensor, sequence_of_token: Tensor, of_seq
     return counted.new_zeros(len(of_sequence)).index_add(0, sequence_of_token, counted)
 
 
-def code_mode_metrics(
-    target_logprobs: Tensor, marks: Tensor, sequence_of_token: Tensor, num_sequences: int
-) -> dict[str, TokenLoss]:
-    """Share of eligible sequences, and mean log-probability of the tokens of code and of direct calls, as (sum, count)."""
-    logprobs = target_logprobs.detach()
-    marked = ((marks & int(Mark.CODE_MODE | Mark.DIRECT_TOOL)) != 0).float()
-    eligible = marked.new_zeros(num_sequences).index_add(0, sequence_of_token, marked).clamp(max=1.0)
+def code_mode_metric_weights(marks: Tensor) -> dict[str, Tensor]:
+    """Weights [N] of the mean log-probability of the tokens of code, and of direct calls."""
     return {
-        "code_mode_eligible": masked_sum(eligible, torch.ones_like(eligible)),
-        "code_mode_logprob": masked_sum(logprobs, (marks & int(Mark.CODE_MODE)) != 0),
-        "direct_tool_logprob": masked_sum(logprobs, (marks & int(Mark.DIRECT_TOOL)) != 0),
+        "code_mode_logprob": ((marks & int(Mark.CODE_MODE)) != 0).float(),
+        "direct_tool_logprob": ((marks & int(Mark.DIRECT_TOOL)) != 0).float(),
     }
+
+
+def eligible_share(marks: Tensor, source: Tensor, sequence_of_token: Tensor, num_sequences: int) -> TokenLoss:
+    """How many sequences are eligible, of all whose text is to be followed: rejected halves and rollouts are left out.
+
+    Args:
+        marks, source: [N] bits of Mark, and Source, of each response token.
+        sequence_of_token: [N] row of the token's sequence, in [0, num_sequences).
+    """
+    followed = source != Source.STUDENT
+    marked = ((marks & int(Mark.CODE_MODE | Mark.DIRECT_TOOL)) != 0) & followed
+    found = torch.zeros(2, num_sequences, device=marks.device)
+    found = found.index_add(1, sequence_of_token, torch.stack([marked, followed]).float()).clamp(max=1.0)
+    return TokenLoss(sum=found[0].sum(), count=found[1].sum())
 
 
 def _matches(pair: Tensor, reference_logprob: Tensor) -> Tensor:

@@ -28,6 +28,11 @@ class TeacherTop(NamedTuple):
     weight: Tensor  # [V, H_teacher]
     bias: Tensor | None = None
 
+    def to(self, device: torch.device) -> TeacherTop:
+        """The same on a device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return TeacherTop(self.norm.to(device), self.weight.to(device), bias)
+
 
 @dataclass(frozen=True)
 class LossContext:
@@ -42,3 +47,4 @@ class LossContext:
     num_teacher_layers: int = 0  # L: layers whose states the teacher ships
     rms: Tensor = field(default_factory=lambda: torch.empty(0))  # [L] of the shipped teacher layers
     teacher_top: TeacherTop | None = None
+    rollout_clip: float | None = None  # PPO's clip where sampled answers are trained on more than once; None: only once

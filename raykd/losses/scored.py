@@ -85,7 +85,7 @@ def policy_gradient_loss(
     Args:
         logprobs: [N] student log-probability of the written token, nats.
         advantage: [N] of the token's sequence; NaN where it was not sampled from the student.
-        old_logprobs: [N] the same under the weights that sampled; None: those are the weights of now.
+        old_logprobs: [N] the same under the weights that sampled (NaN where the advantage is); None: the weights of now.
         clip: the ratio's gradient ends where it leaves [1 - clip, 1 + clip] in the advantage's direction.
     """
     weight = policy_gradient_weight(advantage)

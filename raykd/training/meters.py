@@ -69,8 +69,9 @@ class Meters:
         entry["wait/teacher_s"] = sums.get("wait/teacher_s", 0.0) / ranks.world_size / steps
         entry["wait/trainer_s"] = sums.get("wait/trainer_s", 0.0) / steps
         entry["seconds"] = seconds / steps
-        if "rollouts" in sums:
-            entry["reward"] = sums["reward"] / sums["rollouts"]
+        if num_rollouts := sums.get("rollouts", 0.0):
+            entry["reward"] = sums["reward"] / num_rollouts
+            entry["rollout_length"] = sums["rollout_tokens"] / num_rollouts
         return entry
 
 

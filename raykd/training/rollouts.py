@@ -4,7 +4,8 @@ In:  examples of the step (their prompts and the teacher's responses), a functio
 Out: Examples with `source` STUDENT, an advantage for the policy gradient and the teacher's length for length_aware.
 
 The rows come on top of the step's own: distillation on the teacher's text goes on and keeps the student near its teacher.
-They have no teacher scores and are no target of any cross-entropy.
+They have no teacher scores and are no target of any cross-entropy. With `rollouts.every` above 1 the same answers serve
+several steps; their log-probabilities when sampled tell the policy gradient how far the student has moved since.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from raykd.data.detokenize import decode_tokens
 from raykd.loss_config import RolloutConfig
 from raykd.losses.scored import leave_one_out_advantages
-from raykd.types import Example, Mark, Source
+from raykd.student.generation import Generated
+from raykd.types import Batch, Example, Mark, Source
 
-Sample = Callable[[list[np.ndarray]], Sequence[np.ndarray]]
-"""One sampled response (ids, the end-of-turn token included) to each prompt [P] of ids."""
+Sample = Callable[[list[np.ndarray]], Sequence[Generated]]
+"""One sampled response (the end-of-turn token included) to each prompt [P] of ids."""
 Score = Callable[[list[str], list[str]], np.ndarray]
 """Rewards [R] of responses beside the teacher's response to the same prompt, both without end-of-turn token."""
 
@@ -32,6 +35,34 @@ class Rollouts(NamedTuple):
     examples: list[Example]
     rewards: np.ndarray  # float64 [P, n]
     lengths: np.ndarray  # int64 [P, n] response tokens
+
+
+class RolloutRows(NamedTuple):
+    """What a rank trains on in a step beside its own rows, and what to log of it."""
+
+    batches: list[Batch]
+    numbers: dict[str, float]  # sums over answers that are new in this step; the same names in every step
+
+
+class KeptRollouts:
+    """Answers that are sampled once and trained on in `every` steps.
+
+    They are in no checkpoint: the first step of a process samples, whatever its number, so that a restarted run is exactly
+    repeatable but goes on with other answers than one that was never stopped.
+    """
+
+    def __init__(self, every: int, sample: Callable[[pa.Table, int], RolloutRows]):
+        """`sample` answers prompts of a step's rows (EXAMPLE_SCHEMA), given the number of steps made."""
+        self._every = every
+        self._sample = sample
+        self._kept: RolloutRows | None = None
+
+    def rows(self, table: pa.Table, step: int) -> RolloutRows:
+        """The answers for the step after `step` steps, whose own rows are `table`."""
+        if self._kept is None or step % self._every == 0:
+            self._kept = self._sample(table, step)
+            return self._kept
+        return self._kept._replace(numbers=dict.fromkeys(self._kept.numbers, 0.0))
 
 
 def rollout_examples(
@@ -53,13 +84,13 @@ def rollout_examples(
     n = config.samples
     prompts = [_first_turn(example) for example in examples]
     prompt_ids = [ids for ids, _ in prompts for _ in range(n)]
-    responses = [np.asarray(ids, dtype=np.int32) for ids in sample(prompt_ids)]
+    responses = sample(prompt_ids)
     assert len(responses) == len(prompt_ids), f"{len(responses)} responses to {len(prompt_ids)} prompts"
-    assert all(len(ids) for ids in responses), "an empty response: not even its end was sampled"
-    lengths = np.array([len(ids) for ids in responses], dtype=np.int64)
+    assert all(len(response.ids) for response in responses), "an empty response: not even its end was sampled"
+    lengths = np.array([len(response.ids) for response in responses], dtype=np.int64)
     teacher_lengths = np.array([len(ids) for _, ids in prompts for _ in range(n)], dtype=np.int64)
     teacher_texts = [_text(tokenizer, ids, eos_ids) for _, ids in prompts]
-    texts = [_text(tokenizer, ids, eos_ids) for ids in responses]
+    texts = [_text(tokenizer, response.ids, eos_ids) for response in responses]
     rewards = np.asarray(score(texts, [text for text in teacher_texts for _ in range(n)]), dtype=np.float64)
     if not np.isfinite(rewards).all():
         worst = int(np.flatnonzero(~np.isfinite(rewards))[0])
@@ -91,17 +122,19 @@ def _text(tokenizer: Any, ids: np.ndarray, eos_ids: Collection[int]) -> str:
     return decode_tokens(tokenizer, ids[:-1] if ended else ids).text
 
 
-def _example(prompted: Example, prompt: np.ndarray, response: np.ndarray, advantage: float, target_length: float) -> Example:
-    marks = np.zeros(len(prompt) + len(response), dtype=np.uint16)
+def _example(prompted: Example, prompt: np.ndarray, response: Generated, advantage: float, target_length: float) -> Example:
+    num_response = len(response.ids)
+    marks = np.zeros(len(prompt) + num_response, dtype=np.uint16)
     marks[len(prompt) :] = Mark.RESPONSE
     return Example(
         uid=prompted.uid,
         source=Source.STUDENT,
-        input_ids=np.concatenate([prompt, response]).astype(np.int32),
+        input_ids=np.concatenate([prompt, response.ids]).astype(np.int32),
         marks=marks,
-        topk_ids=np.empty((len(response), 0), np.int32),
-        topk_logprobs=np.empty((len(response), 0), np.float16),
+        topk_ids=np.empty((num_response, 0), np.int32),
+        topk_logprobs=np.empty((num_response, 0), np.float16),
         log_tail=np.empty(0, np.float32),
         advantage=advantage,
+        sampled_logprobs=response.logprobs,
         target_length=target_length,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,37 @@ def test_messages_render_as_the_stream_renders_them(tmp_path, demo_tokenizer):
     assert example.marks.tolist() == streamed.marks.tolist()
 
 
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "JSON text in Parquet"])
+def test_a_recorded_conversation_is_read_as_the_stream_reads_recorded_prompts(form, tmp_path, demo_tokenizer):
+    refined = [*CHAT[:3], {**CHAT[3], "loop": 0, "judge_score": 0.4}, {"role": "user", "content": "Genauer?"}]
+    refined += [{"role": "assistant", "content": "21,5 Grad, heiter.", "loop": 1, "judge_score": 0.9}]
+    conversations = [CHAT, refined]
+    if form == "jsonl":
+        path = write_lines(tmp_path / "a.jsonl", [{"messages": messages, "tools": TOOLS} for messages in conversations])
+    else:
+        as_text = json.dumps if form.startswith("JSON") else lambda value: value
+        rows = [{"messages": as_text(messages), "tools": as_text(TOOLS), "teacher_text": None} for messages in conversations]
+        path = tmp_path / "a.parquet"
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    examples = list(KDDataset([path], demo_tokenizer, shuffle=False, strict=True))
+    for example, messages in zip(examples, conversations, strict=True):
+        row = {"messages": messages, "tools": TOOLS}
+        prompt = tokenize_row(demo_tokenizer, row, uid=0, key="", completions="recorded", max_tokens=999).prompt
+        columns = {name: [getattr(prompt, name)] for name in ("uid", "messages_json", "tools_json", "prompt_ids")}
+        columns |= {"output_ids": [prompt.recorded_ids], "response_mask": [prompt.response_mask]}
+        built = build_examples(pa.table(columns), demo_tokenizer).examples
+        same(example, replace(example_from_row(built, 0), uid=example.uid))
+        assert example.source is Source.GOLD
+    plain, refinement = (decode_spans(example, demo_tokenizer) for example in examples)
+    assert [text.removesuffix("<|im_end|>") for text in plain[Mark.RESPONSE]][1:] == ["Es sind 21,5 Grad."]
+    assert plain[Mark.TOOL_NAME] == ["get_weather"]
+    assert plain[Mark.INTEGRATION] == ["21,5"]
+    assert not any("Wetter in" in text or "temperature" in text for text in plain[Mark.RESPONSE])
+    assert refinement[Mark.DECISION] == ["<|im_end|>"] * 2
+    assert examples[1].halt_targets.tolist() == [0, 1]
+    assert examples[1].quality == pytest.approx(0.9)
+
+
 def test_each_field_lands_where_it_is_documented_to(tmp_path, demo_tokenizer):
     plain = only(tmp_path, ROW, demo_tokenizer)
     num_prompt = int(np.argmax(plain.marks > 0))
@@ -210,6 +242,16 @@ BAD_ROWS = [
     ({"__header__": True}, "only as the first line"),
     ({"teacher_text": "x"}, "neither `prompt` nor `messages`"),
     ({"prompt": PROMPT}, "no `teacher_text`"),
+    ({"prompt": PROMPT, "messages": CHAT}, "no `teacher_text`"),
+    ({"messages": CHAT[:1]}, "no assistant turn"),
+    ({"messages": CHAT[:3]}, "the last assistant turn is messages[1] of 3; expected `teacher_text`, or messages that end"),
+    ({"messages": CHAT, "rejected_text": "no"}, "`rejected_text` beside a recorded conversation"),
+    ({"messages": CHAT, "response_mask": [1]}, "`response_mask` without `output_ids`"),
+    ({"messages": [*CHAT[:3], {**CHAT[3], "loop": 1}]}, "messages[3].loop is 1, expected 0"),
+    (
+        {"messages": [*CHAT[:3], {**CHAT[3], "loop": 0}], "metadata": {"loop_index": 0}},
+        "`loop_index` beside `loop` on messages",
+    ),
     ({"prompt": 5, "teacher_text": "x"}, "`prompt` is int '5', expected a string"),
     ({"prompt": " ", "teacher_text": "x"}, "`prompt` is blank"),
     (ROW | {"teacher_text": " \n"}, "`teacher_text` is blank"),
@@ -250,6 +292,11 @@ BAD_ROWS = [
     ({"prompt_ids": [1], "output_ids": [5, 6], "response_mask": [1]}, "`response_mask` has 1 entries, expected 2"),
     ({"prompt_ids": [], "output_ids": [5, 6]}, "the prompt has no tokens"),
     (ROW | {"response_mask": [1]}, "`response_mask` without `output_ids`"),
+    (ROW | {"rejected_text": " "}, "`rejected_text` is blank"),
+    (ROW | {"rejected_text": 5}, "`rejected_text` is int '5', expected a string"),
+    (ROW | {"rejected_text": CALL}, "there is nothing to prefer"),
+    (ROW | {"rejected_text": "long " * 500}, "prompt and rejected text have 12 + 1502 tokens"),
+    ({"prompt_ids": [1], "output_ids": [5], "rejected_text": "no"}, "`rejected_text` beside `output_ids`"),
     (ROW | {"response_source": "me"}, "expected gold, teacher or student"),
     (ROW | {"uid": "7"}, "`uid` is str"),
     (ROW | {"metadata": {"loop_index": 3, "max_loops": 2}}, "`max_loops`"),
@@ -324,7 +371,7 @@ def test_the_header_is_optional_and_its_fingerprint_is_checked(tmp_path, demo_to
     dataset = KDDataset([path], demo_tokenizer, strict=True, vocabulary_fingerprint="v1")
     assert dataset.index.files[0].header["seed"] == 3
     assert len(list(dataset)) == 2
-    with pytest.raises(DataError, match=r"vocabulary v1.*has v2"):
+    with pytest.raises(DataError, match=r"vocabulary v1, expected v2"):
         KDDataset([path], demo_tokenizer, vocabulary_fingerprint="v2")
     path.write_bytes(b"\n" + b"".join(lines))  # a blank line before it is none
     assert KDDataset([path], demo_tokenizer, strict=True).fingerprint == dataset.fingerprint

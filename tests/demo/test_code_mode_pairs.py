@@ -1,19 +1,21 @@
-"""Code-mode samples: both forms of a task, programs that run, marks that fall where they should."""
+"""Code-mode pairs: two responses to a task, programs that run, marks that fall where they should."""
 
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 
 from raykd.data.chat import render
-from raykd.data.code_mode import code_mode_eligible, code_mode_spans, direct_tool_spans
-from raykd.data.conversation import read_conversation
+from raykd.data.examples import Wanted, build_examples, decode_spans
 from raykd.data.extractors import extract_tool_calls
+from raykd.data.offline_rows import RowReader
 from raykd.demo.code_mode import generate_pairs, main, program, run_program, typescript_api
-from raykd.demo.registry import TOOLS
-from raykd.loss_config import CodeModeConfig
+from raykd.demo.corpus import SCENES, spoken_fields
+from raykd.demo.registry import TOOLS, call_tool
+from raykd.types import Mark, Source
 
 
 @pytest.fixture(scope="module")
@@ -33,18 +35,19 @@ def test_the_api_declares_every_argument():
     assert typescript_api([tool.name for tool in TOOLS]).count("Promise<any>") == len(TOOLS)
 
 
-def test_both_forms_of_a_task_answer_alike_and_the_program_says_so(rows):
-    for code, direct in zip(rows[::2], rows[1::2], strict=True):
-        assert (code["form"], direct["form"]) == ("code", "direct")
-        assert code["pair"] == -direct["pair"] > 0
-        assert code["messages"][:2] == direct["messages"][:2], "the prompt is the same"
-        assert code["messages"][-1] == direct["messages"][-1]
-        body = code["messages"][2]["content"].removeprefix("```ts\n").removesuffix("\n```")
-        assert run_program(body) == code["messages"][-1]["content"]
-        calls = direct["messages"][2]["tool_calls"]
+def direct_calls(row):
+    return [(call.name, call.arguments or {}) for call in extract_tool_calls(row["rejected_text"])]
+
+
+def test_both_responses_to_a_task_do_the_same_and_the_program_says_what_the_calls_find(rows):
+    for row in rows:
+        calls = direct_calls(row)
         assert len(calls) >= 2
-        assert [call["function"]["name"] in body for call in calls] == [True] * len(calls)
-    assert len({row["pair"] for row in rows}) == len(rows)
+        told = [SCENES[name].answer.format(**json.loads(call_tool(name, a)) | spoken_fields(a)) for name, a in calls]
+        assert row["answer"] == " ".join(told)
+        assert row["teacher_text"].count("await tools.") == len(calls)
+        assert all(f"await tools.{name}(" in row["teacher_text"] for name, _ in calls)
+    assert len({row["id"] for row in rows}) == len(rows)
 
 
 def test_samples_are_deterministic_and_sides_share_no_request(rows):
@@ -54,24 +57,28 @@ def test_samples_are_deterministic_and_sides_share_no_request(rows):
     assert not held_out & {row["messages"][1]["content"] for row in rows}
 
 
-def test_rows_are_valid_and_marked_as_code_or_direct_calls(rows, demo_tokenizer):
-    num_calls = []
+def test_the_rejected_turn_is_what_the_template_writes_for_the_calls(rows, demo_tokenizer):
     for row in rows:
-        conversation = read_conversation(row, "recorded")
-        text, spans = render(demo_tokenizer, conversation.messages, conversation.tools)
-        turn = text[slice(*spans[0])]
-        calls = extract_tool_calls(turn)
-        code = [turn[slice(*span)] for span in code_mode_spans(turn)]
-        num_calls.append(len(row["messages"][2].get("tool_calls", ())) or code[0].count("await tools."))
-        if row["form"] == "code":
-            assert turn == f"```ts\n{code[0]}```<|im_end|>"
-            assert not calls
-        else:
-            assert not code
-            assert direct_tool_spans(turn, calls) == [call.call_span for call in calls]
-            assert len(calls) == len(row["messages"][2]["tool_calls"])
-    nothing = np.zeros(len(rows))
-    assert code_mode_eligible(np.array(num_calls), nothing, nothing, CodeModeConfig()).all()
+        calls = [{"type": "function", "function": {"name": name, "arguments": a}} for name, a in direct_calls(row)]
+        turn = {"role": "assistant", "content": None, "tool_calls": calls}
+        text, spans = render(demo_tokenizer, [*row["messages"], turn], row["tools"])
+        assert text[slice(*spans[-1])] == row["rejected_text"] + "<|im_end|>"
+
+
+def test_rows_become_pairs_with_code_and_direct_calls_marked(rows, demo_tokenizer):
+    build = partial(build_examples, wanted=Wanted(losses=frozenset(["code_mode_preference"])))
+    read = RowReader(demo_tokenizer, build=build).examples(rows)
+    for row, halves in zip(rows, read, strict=True):
+        assert not isinstance(halves, str), halves
+        code, direct = (decode_spans(half, demo_tokenizer) for half in halves)
+        assert [half.source for half in halves] == [Source.GOLD, Source.STUDENT]
+        assert code[Mark.RESPONSE] == [row["teacher_text"] + "<|im_end|>"]
+        assert "".join(code[Mark.CODE_MODE]).startswith("const first = await tools.")
+        assert not code[Mark.DIRECT_TOOL]
+        assert direct[Mark.RESPONSE] == [row["rejected_text"] + "<|im_end|>"]
+        assert [json.loads(text)["name"] for text in direct[Mark.DIRECT_TOOL]] == [name for name, _ in direct_calls(row)]
+        first = int(np.argmax((halves[0].marks & Mark.RESPONSE) != 0))
+        assert halves[0].input_ids[:first].tolist() == halves[1].input_ids[:first].tolist(), "the prompt is the same"
 
 
 def test_what_is_no_program_is_refused():
@@ -84,4 +91,4 @@ def test_what_is_no_program_is_refused():
 def test_the_command_writes_the_rows(tmp_path, rows):
     main(["--out", str(tmp_path / "new" / "pairs.jsonl"), "--tasks", "3", "--seed", "1"])
     lines = (tmp_path / "new" / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in lines] == rows[:6]
+    assert [json.loads(line) for line in lines] == rows[:3]

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from raykd.losses.code_mode import CodeModePreferenceLoss, code_mode_metrics
-from raykd.types import Mark
+from raykd.losses.code_mode import CodeModePreferenceLoss, code_mode_metric_weights, eligible_share
+from raykd.types import Mark, Source
 
 CODE, DIRECT, TEXT = int(Mark.CODE_MODE), int(Mark.DIRECT_TOOL), int(Mark.RESPONSE)
 ALONE, NO_REFERENCE = torch.zeros(2, dtype=torch.int64), torch.full((2,), torch.nan)
@@ -110,10 +110,12 @@ def test_gradients_pass_finite_differences():
 
 
 def test_metrics_tell_eligible_sequences_and_both_kinds_of_tokens():
-    logprobs = torch.tensor([-1.0, -3.0, -5.0, -7.0])
-    metrics = code_mode_metrics(logprobs, torch.tensor([CODE, CODE, DIRECT, TEXT]), torch.tensor([0, 0, 1, 2]), 4)
-    assert {name: metric.mean().item() for name, metric in metrics.items()} == {
-        "code_mode_eligible": 0.5,
-        "code_mode_logprob": -2.0,
-        "direct_tool_logprob": -5.0,
-    }
+    marks = torch.tensor([CODE, CODE, DIRECT, TEXT, DIRECT])
+    source = torch.tensor([Source.GOLD, Source.GOLD, Source.TEACHER, Source.TEACHER, Source.STUDENT])
+    weights = code_mode_metric_weights(marks)
+    assert weights["code_mode_logprob"].tolist() == [1, 1, 0, 0, 0]
+    assert weights["direct_tool_logprob"].tolist() == [0, 0, 1, 0, 1]
+    share = eligible_share(marks, source, torch.tensor([0, 0, 1, 2, 3]), 4)
+    assert (share.sum, share.count) == (2, 3), "a rejected text is not one of those to follow"
+    nobody = eligible_share(marks[:0], source[:0], torch.empty(0, dtype=torch.int64), 0)
+    assert (nobody.sum, nobody.count) == (0, 0)
