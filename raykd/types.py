@@ -59,7 +59,7 @@ class Source(enum.IntEnum):
 
     GOLD = 0  # the recorded conversation (human or any other author): ce_truth
     TEACHER = 1  # the teacher: ce_teacher
-    STUDENT = 2  # the student: kd only, never cross-entropy on its own tokens
+    STUDENT = 2  # the student, or somebody whom nobody should follow (the rejected half of a pair): never cross-entropy
 
 
 class Span(NamedTuple):
@@ -104,6 +104,7 @@ EXAMPLE_SCHEMA = pa.schema(
         ("tool_name_weight", pa.float32()),  # trust in the tool names of the row: 1, less where they were guessed
         ("quality", pa.float32()),  # score of the response in [0, 1]; NaN: none
         ("advantage", pa.float32()),  # of a response sampled from the student; NaN: none
+        ("sampled_logprobs", pa.list_(pa.float32())),  # [R] nats, of that response under the weights that sampled it
         ("pair", pa.int64()),  # the same |pair| > 0 on two rows: > 0 is preferred to < 0; 0: none
         ("reference_logprob", pa.float32()),  # nats, sum over the response under the reference student; NaN: none
         ("target_length", pa.float32()),  # the teacher's response tokens, beside one sampled from the student; NaN: none
@@ -116,7 +117,7 @@ EXAMPLE_SCHEMA = pa.schema(
         ("grammar_row", pa.list_(pa.int32())),  # [G] row of grammar_masks
         ("grammar_masks", pa.list_(pa.int32())),  # [U*W] W = ceil(V/32): bit i%32 of word i//32 says that id i is legal
         ("num_teacher_layers", pa.int32()),  # 0 without teacher_hidden
-        ("teacher_hidden", pa.list_(pa.float16())),  # [L*T*H] states of the shipped teacher layers at every token
+        ("teacher_hidden", pa.list_(pa.float16())),  # [L*T*H] states of the shipped teacher layers; NaN: none at a token
         ("teacher_seconds", pa.float32()),  # engine time spent on the row; 0 when it came from the cache
         ("teacher_wait_seconds", pa.float32()),  # engine idle time before the row's block: the trainer was slower
     ]
@@ -142,6 +143,7 @@ class Example:
     tool_name_weight: float = 1.0
     quality: float = math.nan
     advantage: float = math.nan
+    sampled_logprobs: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))  # [R] or none
     pair: int = 0
     reference_logprob: float = math.nan
     target_length: float = math.nan
@@ -153,7 +155,7 @@ class Example:
     grammar_position: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # [G], each RESPONSE
     grammar_row: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # [G]
     grammar_masks: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.int32))  # [U, W]
-    teacher_hidden: np.ndarray = field(default_factory=lambda: np.empty((0, 0, 0), np.float16))  # [L, T, H]
+    teacher_hidden: np.ndarray = field(default_factory=lambda: np.empty((0, 0, 0), np.float16))  # [L, T, H]; NaN: none
 
     @property
     def num_teacher_layers(self) -> int:
@@ -161,6 +163,7 @@ class Example:
 
 
 _no_floats = partial(torch.empty, 0)
+_no_bools = partial(torch.empty, 0, dtype=torch.bool)
 _no_ints = partial(torch.empty, 0, dtype=torch.int64)
 
 
@@ -191,7 +194,13 @@ class Batch:
     response_advantage: torch.Tensor = field(
         default_factory=_no_floats
     )  # float32 [N] of the token's sequence; NaN: not sampled from the student
+    response_old_logprob: torch.Tensor = field(
+        default_factory=_no_floats
+    )  # float32 [N] under the weights that sampled the token; NaN: not sampled
     tool_name_weight: torch.Tensor = field(default_factory=_no_floats)  # float32 [N] of the token's sequence
+    turn_first: torch.Tensor = field(default_factory=_no_ints)  # int64 [F], index into the N of each turn's first token
+    turn_has_call: torch.Tensor = field(default_factory=_no_bools)  # bool [N], the token's turn holds a tool call
+    index_in_turn: torch.Tensor = field(default_factory=_no_ints)  # int64 [N], of the token; -1 at <bot> and <eot>
     set_row: torch.Tensor = field(default_factory=_no_ints)  # int64 [S], index into the N response tokens
     set_kind: torch.Tensor = field(default_factory=_no_ints)  # int64 [S]
     set_ids: torch.Tensor = field(
@@ -200,9 +209,10 @@ class Batch:
     grammar_row: torch.Tensor = field(default_factory=_no_ints)  # int64 [G], index into the N response tokens
     grammar_mask: torch.Tensor = field(default_factory=_no_ints)  # int64 [G], row of grammar_masks
     grammar_masks: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int32))  # [U, ceil(V/32)]
-    teacher_hidden: torch.Tensor = field(
-        default_factory=partial(torch.empty, 0, 0, 0, 0)
-    )  # float16 [L, B, T, H], 0 on padding
+    state_index: torch.Tensor = field(
+        default_factory=_no_ints
+    )  # int64 [M], tokens with a teacher's state in the flattened [B*T], in rising order
+    teacher_hidden: torch.Tensor = field(default_factory=partial(torch.empty, 0, 0, 0))  # float16 [L, M, H]
 
     @property
     def response_marks(self) -> torch.Tensor:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import torch
 
 from raykd.data.examples import examples_to_table
+from raykd.data.turns import find_turns
 from raykd.types import Batch, Example, Mark
 
 
@@ -66,15 +67,26 @@ def collate_kd_batch(examples: pa.Table | Sequence[Example], pad_id: int) -> Bat
         decision_index=torch.from_numpy(place[(flat_marks & Mark.DECISION) != 0]),
         halt_targets=torch.from_numpy(_flat(table, "halt_targets")[0].astype(np.float32)),
         response_advantage=_scalar(table, "advantage")[response_row],
+        response_old_logprob=torch.from_numpy(_pack_sampled(table, response_row)),
         tool_name_weight=_scalar(table, "tool_name_weight")[response_row],
+        **_pack_turns(flat_marks, row_of_token),
         **_pack_sets(table, response_index, width),
         **_pack_grammar(table, response_index, width),
-        teacher_hidden=_pack_hidden(table, place, rows, width),
+        **_pack_hidden(table, place),
     )
 
 
 def _scalar(table: pa.Table, name: str) -> torch.Tensor:
     return torch.from_numpy(table[name].to_numpy().copy())
+
+
+def _pack_turns(flat_marks: np.ndarray, row_of_token: np.ndarray) -> dict[str, torch.Tensor]:
+    turns = find_turns(flat_marks, row_of_token)
+    return {
+        "turn_first": torch.from_numpy(turns.first),
+        "turn_has_call": torch.from_numpy(turns.has_call),
+        "index_in_turn": torch.from_numpy(turns.index_in_turn),
+    }
 
 
 def _last_response(response_index: np.ndarray, response_row: np.ndarray, rows: int, width: int) -> np.ndarray:
@@ -122,21 +134,27 @@ def _pack_grammar(table: pa.Table, response_index: np.ndarray, width: int) -> di
     }
 
 
-def _pack_hidden(table: pa.Table, place: np.ndarray, rows: int, width: int) -> torch.Tensor:
-    """Teacher states [L, B, T, H]; L is 0 unless every row has as many."""
+def _pack_hidden(table: pa.Table, place: np.ndarray) -> dict[str, torch.Tensor]:
+    """Teacher states [L, M, H] of the tokens that have one, and where those stand; other rows and tokens take no room."""
     layers = table["num_teacher_layers"].to_numpy()
-    num_layers = int(layers.min())
-    if num_layers == 0:
-        return torch.empty(0, rows, width, 0, dtype=torch.float16)
-    assert (layers == num_layers).all(), f"rows have states of {sorted(set(layers.tolist()))} teacher layers"
+    kinds = sorted(set(layers[layers > 0].tolist()))
+    assert len(kinds) <= 1, f"rows have states of {kinds} teacher layers"
+    if not kinds:
+        return {}
     states, counts = _flat(table, "teacher_hidden")
     lengths = _flat(table, "input_ids")[1]
-    hidden_size = int(counts[0] // (lengths[0] * num_layers))
-    packed = np.zeros((num_layers, rows * width, hidden_size), dtype=np.float16)
-    starts = np.cumsum(lengths) - lengths
-    for start, length, part in zip(starts, lengths, np.split(states, np.cumsum(counts)[:-1]), strict=True):
-        packed[:, place[start : start + length]] = part.reshape(num_layers, length, hidden_size)
-    return torch.from_numpy(packed.reshape(num_layers, rows, width, hidden_size))
+    of_row = np.split(states, np.cumsum(counts)[:-1])
+    place_of_row = np.split(place, np.cumsum(lengths)[:-1])
+    parts, places = [], []
+    for row in np.flatnonzero(layers):
+        part = of_row[row].reshape(kinds[0], lengths[row], -1)
+        known = ~np.isnan(part[0, :, 0])
+        parts.append(part[:, known])
+        places.append(place_of_row[row][known])
+    return {
+        "state_index": torch.from_numpy(np.concatenate(places)),
+        "teacher_hidden": torch.from_numpy(np.concatenate(parts, axis=1)),
+    }
 
 
 def _pack_scores(table: pa.Table, top_k: np.ndarray, response_row: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -169,26 +187,47 @@ def _flat(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
     return column.flatten().to_numpy(zero_copy_only=False), lengths
 
 
+def _pack_sampled(table: pa.Table, response_row: np.ndarray) -> np.ndarray:
+    """Log-probability [N] of every response token under the weights that sampled it; NaN in rows that were not sampled."""
+    logprobs, lengths = _flat(table, "sampled_logprobs")
+    sampled = lengths[response_row] > 0
+    assert len(logprobs) == np.count_nonzero(sampled), "sampled_logprobs do not cover the response tokens"
+    packed = np.full(len(response_row), np.nan, dtype=np.float32)
+    packed[sampled] = logprobs
+    return packed
+
+
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """starts[i], starts[i] + 1, ... lengths[i] of them, for every i, end to end."""
     ends = np.cumsum(lengths)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
 
 
-def split_micro_batches(lengths: np.ndarray | Sequence[int], max_tokens: int) -> list[np.ndarray]:
+def split_micro_batches(
+    lengths: np.ndarray | Sequence[int], max_tokens: int, pair: np.ndarray | Sequence[int] = ()
+) -> list[np.ndarray]:
     """Row indices of micro-batches whose padded size (rows x longest) is at most `max_tokens`; every row exactly once.
 
-    Rows of like length share a micro-batch, longest first, so that padding is small and memory peaks at once. A row longer
-    than the budget gets a micro-batch of its own. Raises ValueError for a budget below 1.
+    Rows of like length share a micro-batch, longest first, so that padding is small and memory peaks at once. Rows of the
+    same |`pair`| (0: of none) stay together, as if all were as long as the longest of them. What is over the budget by
+    itself gets a micro-batch of its own. Raises ValueError for a budget below 1.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}, expected at least 1 token for a micro-batch")
     lengths = np.asarray(lengths, dtype=np.int64)
-    order = np.argsort(-lengths, kind="stable")
+    group = np.arange(len(lengths))  # by its first row
+    if len(pair):
+        _, first, which = np.unique(np.abs(pair), return_index=True, return_inverse=True)
+        group = np.where(np.asarray(pair) == 0, group, first[which])
+    longest = np.ones(len(lengths), dtype=np.int64)
+    np.maximum.at(longest, group, lengths)
+    order = np.lexsort((group, -longest[group]))
+    ends = np.flatnonzero(np.diff(group[order], append=-1)) + 1  # where a micro-batch may end
     batches, start = [], 0
     while start < len(order):
-        longest = max(int(lengths[order[start]]), 1)
-        stop = start + max(max_tokens // longest, 1)
+        fitting = start + max_tokens // int(longest[group[order[start]]])
+        last = np.searchsorted(ends, fitting, side="right") - 1
+        stop = int(ends[max(last, np.searchsorted(ends, start, side="right"))])
         batches.append(order[start:stop])
         start = stop
     return batches

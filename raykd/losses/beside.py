@@ -193,7 +193,7 @@ def _layer_sums(batch: Batch, output: StudentOutput, config: LossConfig, context
     if "intermediate_layer" not in config.weights:
         return {}
     loss = intermediate_layer_loss(
-        output.layers,
+        [layer.flatten(0, 1).index_select(0, batch.state_index) for layer in output.layers],
         batch.teacher_hidden,
         intermediate_weight(batch, config.intermediate_tokens),
         context.layer_pairs,

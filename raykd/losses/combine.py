@@ -20,13 +20,14 @@ from torch import Tensor
 
 from raykd.loss_config import LossConfig
 from raykd.losses.beside import beside_counts, beside_sums
+from raykd.losses.code_mode import eligible_share
 from raykd.losses.context import Head, LossContext
 from raykd.losses.head import HeadRows, head_loss
 from raykd.losses.reduction import divide
 from raykd.losses.sweep import (
-    METRICS,
     metric_values,
     metric_weights,
+    sequence_of_token,
     sweep_columns,
     sweep_counts,
     sweep_parts,
@@ -40,7 +41,11 @@ def loss_counts(batch: Batch, config: LossConfig, context: LossContext = LossCon
 
     Summed over the micro-batches and ranks of an optimizer step, they are the `counts` of `combine`.
     """
-    counts = sweep_counts(batch, config, context) | beside_counts(batch, config)
+    return _counts(batch, config, sweep_weights(batch, config, context))
+
+
+def _counts(batch: Batch, config: LossConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    counts = sweep_counts(batch, config, weights) | beside_counts(batch, config)
     return {name: counts[name] for name in config.weights}
 
 
@@ -62,31 +67,32 @@ def combine(
         context: what losses need besides batch and config; the default serves those that need nothing.
         chunk_rows: rows of logits that exist at once; None chooses by device.
 
-    Metrics: see `sweep.METRICS`.
+    Metrics: see `metric_weights`; with code_mode_preference also the share of eligible sequences.
     """
     hidden = output.hidden.flatten(0, 1).index_select(0, batch.response_index - 1)
     ids, support = sweep_columns(batch, config, context)
-    weights, of_metrics = sweep_weights(batch, config, context), metric_weights(batch)
+    weights, of_metrics = sweep_weights(batch, config, context), metric_weights(batch, config)
 
     def rows_loss(rows: HeadRows) -> tuple[Tensor, Tensor]:
-        parts = sweep_parts(rows, batch, config, weights)
+        parts = sweep_parts(rows, batch, config, context, weights)
         weighted = [config.weights[name] * divide(part.sum, counts[name]) for name, part in parts.items()]
         total = torch.stack(weighted).sum() if weighted else rows.log_tail.sum() * 0.0
         with torch.no_grad():
             metrics = metric_values(rows, batch, of_metrics)
-            sums = [part.sum for part in parts.values()] + [metrics[name].sum for name in METRICS]
+            sums = [part.sum for part in parts.values()] + [metrics[name].sum for name in of_metrics]
         return total, torch.stack(sums).detach()
 
     total, swept = head_loss(
         hidden, head.weight, ids, support, rows_loss, bias=head.bias, chunk_rows=chunk_rows, num_valid_ids=head.num_valid_ids
     )
-    sums = dict(zip((*weights, *(f"metric/{name}" for name in METRICS)), swept.unbind(), strict=True))
+    sums = dict(zip((*weights, *(f"metric/{name}" for name in of_metrics)), swept.unbind(), strict=True))
     for name, value in beside_sums(batch, output, hidden, head, config, context).items():
         total = total + config.weights[name] * divide(value, counts[name])
         sums[name] = sums.get(name, 0.0) + value.detach()
-    own_counts = loss_counts(batch, config, context)
-    return LossReport(
-        total=total,
-        parts={name: TokenLoss(sums[name], own_counts[name]) for name in config.weights},
-        metrics={name: TokenLoss(sums[f"metric/{name}"], of_metrics[name].sum()) for name in METRICS},
-    )
+    own_counts = _counts(batch, config, weights)
+    metrics = {name: TokenLoss(sums[f"metric/{name}"], weight.sum()) for name, weight in of_metrics.items()}
+    if "code_mode_preference" in config.weights:
+        author, rows = batch.response_source, sequence_of_token(batch)
+        metrics["code_mode_eligible"] = eligible_share(batch.response_marks, author, rows, len(batch.uid))
+    parts = {name: TokenLoss(sums[name], own_counts[name]) for name in config.weights}
+    return LossReport(total=total, parts=parts, metrics=metrics)

@@ -25,15 +25,26 @@ _CHUNK_SHARE = 4
 
 
 def full_kd_states(batch: Batch) -> Tensor:
-    """The teacher's state [N, H] before each response token, of its last shipped layer; [N, 0] in a batch without states."""
-    if not len(batch.teacher_hidden):
+    """The teacher's state [N, H] before each response token, of its last shipped layer; [N, 0] in a batch without states.
+
+    Where there is none it is another token's, which `full_kd_weight` leaves out.
+    """
+    if not len(batch.state_index):
         return batch.teacher_hidden.new_empty(len(batch.response_index), 0)
-    return batch.teacher_hidden[-1].flatten(0, 1).index_select(0, batch.response_index - 1)
+    return batch.teacher_hidden[-1].index_select(0, _state_row(batch))
 
 
 def full_kd_weight(batch: Batch) -> Tensor:
-    """Weight [N], float32: 1 on tokens that the teacher scored and has a state before. A state of zeros is none."""
-    return (batch.has_teacher & (full_kd_states(batch) != 0).any(dim=1)).float()
+    """Weight [N], float32: 1 on tokens that the teacher scored and has a state before."""
+    if not len(batch.state_index):
+        return torch.zeros_like(batch.has_teacher, dtype=torch.float32)
+    has_state = batch.state_index[_state_row(batch)] == batch.response_index - 1
+    return (batch.has_teacher & has_state).float()
+
+
+def _state_row(batch: Batch) -> Tensor:
+    """Which of the M states [N] stands before each response token, if one does."""
+    return torch.searchsorted(batch.state_index, batch.response_index - 1).clamp(max=len(batch.state_index) - 1)
 
 
 def full_kd_loss(

@@ -15,7 +15,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from raykd.losses.reduction import masked_sum
 from raykd.types import Batch, Mark, TokenLoss
@@ -91,29 +90,28 @@ def projection_shapes(pairs: Mapping[int, int], student_hidden: int, teacher_hid
 
 
 def intermediate_weight(batch: Batch, tokens: Literal["all", "response"]) -> Tensor:
-    """Weight [B, T], float32: 1 on the tokens whose states are compared. A teacher's state of zeros is none.
+    """Weight [M], float32, of the tokens that have a teacher's state: 1 on those whose states are compared.
 
     `response` spares the loss the first token, whose state many models blow up to hundreds of times the others' length.
     """
-    chosen = batch.attention_mask if tokens == "all" else (batch.marks & int(Mark.RESPONSE)) != 0
-    if not len(batch.teacher_hidden):
-        return torch.zeros_like(chosen, dtype=torch.float32)
-    return (chosen & (batch.teacher_hidden[-1] != 0).any(dim=-1)).float()
+    if tokens == "all":
+        return torch.ones_like(batch.state_index, dtype=torch.float32)
+    return ((batch.marks.flatten()[batch.state_index] & int(Mark.RESPONSE)) != 0).float()
 
 
-def update_rms(old: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+def update_rms(old: Tensor, states: Tensor, weight: Tensor) -> Tensor:
     """The statistic behind `rms_of` [L, 2] (float64: sum over tokens of the mean square, tokens) with more tokens added.
 
     A plain sum: `update_rms(zeros, ...)` of several micro-batches or ranks may be added up (all-reduced) in any order.
 
     Args:
-        states: [L, B, T, H] of the teacher; values at tokens of weight 0 are not looked at.
-        mask: [B, T].
+        states: [L, ..., H] of the teacher; values at tokens of weight 0 are not looked at.
+        weight: [...] of each token.
     """
-    kept = states.masked_fill((mask == 0)[..., None], 0.0).float()
-    square = (kept.square().mean(dim=-1) * mask.float()).sum(dim=(1, 2), dtype=torch.float64)
-    count = mask.sum(dtype=torch.float64).expand_as(square)
-    return old + torch.stack([square, count], dim=1)
+    norm = torch.linalg.vector_norm(states, dim=-1, dtype=torch.promote_types(states.dtype, torch.float32)).double()
+    square = norm.square() / max(states.shape[-1], 1)
+    square = (square * weight).masked_fill(weight == 0, 0.0).flatten(1).sum(dim=1)
+    return old + torch.stack([square, weight.sum(dtype=torch.float64).expand_as(square)], dim=1)
 
 
 def rms_of(statistic: Tensor) -> Tensor:
@@ -126,7 +124,7 @@ def rms_of(statistic: Tensor) -> Tensor:
 def intermediate_layer_loss(
     student_states: Sequence[Tensor],
     teacher_states: Tensor,
-    mask: Tensor,
+    weight: Tensor,
     pairs: Mapping[int, int],
     projections: Mapping[str, nn.Module] | nn.ModuleDict,
     rms: Tensor,
@@ -139,28 +137,34 @@ def intermediate_layer_loss(
     Per pair and token: mse_weight * |P s / rms - t / rms|^2 / width + cosine_weight * (1 - cos(P s, t)).
 
     Args:
-        student_states: [B, T, H_student] for each student layer of `pairs`, in its order.
-        teacher_states: [L, B, T, H_teacher] of the shipped layers; L = 0: none, then `mask` must be 0.
-        mask: [B, T] weight of each token; states at tokens of weight 0 are not looked at, also inf and NaN.
+        student_states: [..., H_student] for each student layer of `pairs`, in its order.
+        teacher_states: [L, ..., H_teacher] of the shipped layers; L = 0: none, then `weight` must be 0.
+        weight: [...] of each token; states at tokens of weight 0 are not looked at, also inf and NaN.
         pairs: student layer -> index into L, see `layer_pairs`.
         projections: str(student layer) -> map to the teacher's width, where the widths differ.
         rms: [L] of the teacher's layers, see `rms_of`.
     """
     assert len(student_states) == len(pairs), f"states of {len(student_states)} layers for {len(pairs)} layer pairs"
-    unused = (mask == 0)[..., None]
-    total = torch.zeros_like(mask, dtype=torch.float32)
+    unused = (weight == 0)[..., None]
+    total = torch.zeros_like(weight, dtype=torch.float32)
     for (layer, index), states in zip(pairs.items(), student_states, strict=True):
         states = states.masked_fill(unused, 1.0)  # before any arithmetic: the gradient of a masked NaN would be NaN
         student = projections[str(layer)](states) if str(layer) in projections else states
         student = student.to(torch.promote_types(student.dtype, torch.float32))
         teacher = torch.ones_like(student)
         if len(teacher_states):
-            teacher = teacher_states[index].detach().masked_fill(unused, 1.0).to(student.dtype)
+            teacher = teacher_states[index].detach().to(student.dtype).masked_fill(unused, 1.0)
         assert student.shape == teacher.shape, (
             f"student layer {layer} has states {list(student.shape)}, the teacher's are {list(teacher.shape)}"
         )
         scale = rms[index] if len(teacher_states) else 1.0
-        squared = ((student - teacher) / scale).square().mean(dim=-1)
-        cosine = F.cosine_similarity(student, teacher, dim=-1)
-        total = total + mse_weight * squared + cosine_weight * (1.0 - cosine)
-    return masked_sum(total / len(pairs), mask)
+        difference = student - teacher
+        squared = (difference * difference).sum(dim=-1) / (scale * scale * student.shape[-1])
+        total = total + mse_weight * squared + cosine_weight * (1.0 - _cosine(student, teacher))
+    return masked_sum(total / len(pairs), weight)
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine [...] of vectors [..., H]: three sums, in a tenth of the time of torch's own with its gradient."""
+    squares = [(x * x).sum(dim=-1).clamp(min=1e-12) for x in (a, b)]
+    return (a * b).sum(dim=-1) / (squares[0] * squares[1]).sqrt()

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from raykd.loss_config import LossConfig
 from raykd.losses import cross_entropy, scored
-from raykd.losses.code_mode import CodeModePreferenceLoss
+from raykd.losses.code_mode import CodeModePreferenceLoss, code_mode_metric_weights
 from raykd.losses.context import LossContext
 from raykd.losses.early_tool_call import EarlyCallWeights, early_tool_call_weight
 from raykd.losses.entropy import kd_weight
@@ -24,18 +24,6 @@ from raykd.losses.kd import sparse_kd_loss
 from raykd.losses.length_aware import excess_weight, stop_weight
 from raykd.losses.reduction import log1mexp, masked_sum
 from raykd.types import ARGUMENT_MARKS, Batch, Mark, Source, TokenLoss
-
-METRICS = (
-    "tool_name_accuracy",  # the student's most likely token is the written one (ties count), on tokens of tool names
-    "json_argument_accuracy",
-    "response_accuracy",
-    "response_nll",  # nats, of the written tokens
-    "teacher_agreement",  # the most likely tokens of both are the same
-    "teacher_kl",  # forward KL with tail bucket, whatever the losses
-    "teacher_topk_mass",  # on the teacher's K ids
-    "student_topk_mass",
-)
-"""Metrics of a micro-batch, each (sum, count) over response tokens."""
 
 Weights = Mapping[str, Tensor]
 
@@ -114,9 +102,7 @@ def sweep_weights(batch: Batch, config: LossConfig, context: LossContext) -> dic
 def early_weights(batch: Batch, config: LossConfig) -> EarlyCallWeights:
     """Weights of early_tool_call."""
     return early_tool_call_weight(
-        batch.marks,
-        batch.response_index,
-        batch.response_source,
+        batch,
         num_tokens=config.early_tool_tokens,
         ce_weight=config.early_tool_ce_weight,
         prior_weight=config.early_tool_prior_weight,
@@ -134,9 +120,8 @@ def _caws_terms(batch: Batch, config: LossConfig, context: LossContext) -> Tenso
     )
 
 
-def sweep_counts(batch: Batch, config: LossConfig, context: LossContext) -> dict[str, Tensor]:
-    """Count of every loss that has weights here; of those with a part beside the sweep, the count of both."""
-    weights = sweep_weights(batch, config, context)
+def sweep_counts(batch: Batch, config: LossConfig, weights: Weights) -> dict[str, Tensor]:
+    """Count of every loss with `sweep_weights`; of those with a part beside the sweep, the count of both."""
     counts = {name: weight.sum(dtype=torch.float32) for name, weight in weights.items()}
     if "policy_gradient" in counts:
         counts["policy_gradient"] = scored.policy_gradient_weight(batch.response_advantage).sum()
@@ -153,7 +138,9 @@ def sweep_counts(batch: Batch, config: LossConfig, context: LossContext) -> dict
     return counts
 
 
-def sweep_parts(head: HeadRows, batch: Batch, config: LossConfig, weights: Weights) -> dict[str, TokenLoss]:
+def sweep_parts(
+    head: HeadRows, batch: Batch, config: LossConfig, context: LossContext, weights: Weights
+) -> dict[str, TokenLoss]:
     """The losses of the sweep on the rows of one chunk; sums only, their counts are those of `sweep_counts`."""
     num_ids = batch.topk_ids.shape[1]
     label = head.logprobs[:, num_ids]
@@ -168,7 +155,7 @@ def sweep_parts(head: HeadRows, batch: Batch, config: LossConfig, weights: Weigh
             ce, kl = masked_sum(-label, weight), _sparse_kd(head, batch, config, weight * batch.has_teacher[head.rows])
             parts[name] = TokenLoss(config.claim_ce_share * ce.sum + (1.0 - config.claim_ce_share) * kl.sum, ce.count)
         elif name == "policy_gradient":
-            parts[name] = scored.policy_gradient_loss(label, batch.response_advantage[head.rows])
+            parts[name] = _policy_gradient(head, batch, label, context.rollout_clip)
         elif name == "caws_compliance":
             parts[name] = scored.caws_compliance_loss(head.logprobs[:, num_ids + 1 :], weight)
         elif name == "code_mode_preference":
@@ -178,6 +165,13 @@ def sweep_parts(head: HeadRows, batch: Batch, config: LossConfig, weights: Weigh
         else:
             parts[name] = masked_sum(-label, weight)
     return parts
+
+
+def _policy_gradient(head: HeadRows, batch: Batch, label: Tensor, clip: float | None) -> TokenLoss:
+    advantage = batch.response_advantage[head.rows]
+    if clip is None:
+        return scored.policy_gradient_loss(label, advantage)
+    return scored.policy_gradient_loss(label, advantage, batch.response_old_logprob[head.rows], clip=clip)
 
 
 def _sparse_kd(head: HeadRows, batch: Batch, config: LossConfig, weight: Tensor) -> TokenLoss:
@@ -194,10 +188,15 @@ def _sparse_kd(head: HeadRows, batch: Batch, config: LossConfig, weight: Tensor)
     )
 
 
-def metric_weights(batch: Batch) -> dict[str, Tensor]:
-    """Weight [N] of every response token in every metric. Tokens the student wrote are no targets."""
+def metric_weights(batch: Batch, config: LossConfig) -> dict[str, Tensor]:
+    """Weight [N] of every response token in every metric; tokens the student wrote are no targets.
+
+    accuracy: the student's most likely token is the written one (ties count); agreement: it is the teacher's. nll and
+    logprob are in nats, teacher_kl is the forward KL with tail bucket whatever the losses, masses are those on the K ids.
+    """
     marks, has_teacher = batch.response_marks, batch.has_teacher.float()
     target = (batch.response_source != Source.STUDENT).float()
+    of_code_mode = code_mode_metric_weights(marks) if "code_mode_preference" in config.weights else {}
     return {
         "tool_name_accuracy": target * ((marks & int(Mark.TOOL_NAME)) != 0),
         "json_argument_accuracy": target * ((marks & int(ARGUMENT_MARKS)) != 0),
@@ -207,6 +206,7 @@ def metric_weights(batch: Batch) -> dict[str, Tensor]:
         "teacher_kl": has_teacher,
         "teacher_topk_mass": has_teacher,
         "student_topk_mass": has_teacher,
+        **of_code_mode,
     }
 
 
@@ -224,8 +224,10 @@ def metric_values(head: HeadRows, batch: Batch, weights: Weights) -> dict[str, T
         "teacher_agreement": (_at_teacher_argmax(head, batch) >= head.top_logprob).float(),
         "teacher_topk_mass": teacher_logprobs.exp().sum(dim=1),
         "student_topk_mass": -head.log_tail.expm1(),
+        "code_mode_logprob": label,
+        "direct_tool_logprob": label,
     }
-    metrics = {name: masked_sum(value, weights[name][head.rows]) for name, value in values.items()}
+    metrics = {name: masked_sum(values[name], weights[name][head.rows]) for name in weights if name in values}
     metrics["teacher_kl"] = sparse_kd_loss(
         head.logprobs[:, :num_ids], head.log_tail, teacher_logprobs, teacher_tail, weights["teacher_kl"][head.rows]
     )

@@ -68,9 +68,9 @@ class LossState:
         if "intermediate_layer" in losses.weights:
             statistic = torch.zeros(self.num_layers, 2, dtype=torch.float64)
             for batch in batches:
-                if len(batch.teacher_hidden):
-                    mask = intermediate_weight(batch, losses.intermediate_tokens)
-                    statistic = update_rms(statistic, batch.teacher_hidden, mask)
+                if len(batch.state_index):
+                    weight = intermediate_weight(batch, losses.intermediate_tokens)
+                    statistic = update_rms(statistic, batch.teacher_hidden, weight)
             sums |= {f"layer/{index}": value for index, value in enumerate(statistic[:, 0].tolist())}
             sums["layer/tokens"] = statistic[0, 1].item()
         return sums

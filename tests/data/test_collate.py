@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -100,6 +102,35 @@ def test_micro_batches_hold_every_row_once_within_the_budget(lengths, max_tokens
     assert longest == sorted(longest, reverse=True)
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40), max_tokens=st.integers(1, 120), seed=st.integers(0, 99)
+)
+def test_a_pair_is_never_split_and_rows_of_none_are_packed_as_ever(lengths, max_tokens, seed):
+    rng = np.random.default_rng(seed)
+    pair = np.zeros(len(lengths), np.int64)
+    members = rng.permutation(len(lengths))[: 2 * int(rng.integers(0, len(lengths) // 2 + 1))]
+    pair[members[::2]] = 2**62 + np.arange(len(members) // 2)
+    pair[members[1::2]] = -pair[members[::2]]
+    batches = split_micro_batches(lengths, max_tokens, pair)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
+    where = {row: number for number, batch in enumerate(batches) for row in batch.tolist()}
+    assert all(where[one] == where[other] for one, other in zip(members[::2], members[1::2], strict=True))
+    for batch in batches:
+        is_one_pair = len(batch) == 2 and pair[batch[0]] == -pair[batch[1]] != 0
+        assert len(batch) * max(lengths[i] for i in batch) <= max_tokens or len(batch) == 1 or is_one_pair
+    longest = [max(lengths[i] for i in batch) for batch in batches]
+    assert longest == sorted(longest, reverse=True)
+    nobody = split_micro_batches(lengths, max_tokens, np.zeros_like(pair))
+    assert [b.tolist() for b in nobody] == [b.tolist() for b in split_micro_batches(lengths, max_tokens)]
+
+
+def test_a_pair_is_packed_by_its_longer_half():
+    # Rows 1 and 3 count as two of 9 tokens: with row 0 (8) there would be 27.
+    assert [b.tolist() for b in split_micro_batches([8, 9, 3, 2], 24, [0, 5, 0, -5])] == [[1, 3], [0, 2]]
+    assert [b.tolist() for b in split_micro_batches([8, 9, 3, 2], 27, [0, 5, 0, -5])] == [[1, 3, 0], [2]]
+
+
 def test_like_lengths_share_a_micro_batch():
     assert [batch.tolist() for batch in split_micro_batches([2, 9, 2, 10, 1, 2], 20)] == [[3, 1], [0, 2, 5, 4]]
     with pytest.raises(ValueError, match="max_tokens is 0"):
@@ -118,6 +149,7 @@ def test_what_only_some_losses_look_at_is_packed_beside_the_tokens():
         log_tail=np.zeros(2, np.float32),
         quality=0.25,
         advantage=-1.0,
+        sampled_logprobs=np.array([-0.5, -1.5], np.float32),
         halt_targets=np.array([0.75], np.float32),
         set_position=np.array([2], np.int32),
         set_kind=np.array([SetKind.COPY], np.int8),
@@ -157,17 +189,34 @@ def test_what_only_some_losses_look_at_is_packed_beside_the_tokens():
     assert batch.tool_name_weight.tolist() == [1, 1, 0.5]
     assert batch.response_advantage[:2].tolist() == [-1, -1]
     assert batch.response_advantage[2].isnan()
+    assert batch.response_old_logprob[:2].tolist() == [-0.5, -1.5]
+    assert batch.response_old_logprob[2].isnan()
     assert batch.set_row.tolist() == [1, 2]
     assert batch.set_ids.tolist() == [[9, -1], [3, 4]]
     assert batch.set_kind.tolist() == [SetKind.COPY, SetKind.TOOL_CHOICE]
     assert batch.grammar_row.tolist() == [0, 1, 2]
     assert batch.grammar_mask.tolist() == [1, 0, 2]
     assert batch.grammar_masks.tolist() == [[5], [6], [7]]
-    assert batch.teacher_hidden.shape == (1, 2, 4, 2)
-    assert batch.teacher_hidden[0, 0, 3].tolist() == [6, 7]
-    assert batch.teacher_hidden[0, 1].tolist() == [[100, 100], [100, 100], [0, 0], [0, 0]]
+    assert batch.state_index.tolist() == [0, 1, 2, 3, 4, 5]
+    assert batch.teacher_hidden.shape == (1, 6, 2)
+    assert batch.teacher_hidden[0, 3].tolist() == [6, 7]
+    assert batch.teacher_hidden[0, 4:].tolist() == [[100, 100], [100, 100]]
     table = examples_to_table([first, second])
     for index, example in enumerate((first, second)):
         again = example_from_row(table, index)
         assert all(np.array_equal(np.asarray(value), np.asarray(vars(again)[name]), equal_nan=isinstance(value, float))
                    for name, value in vars(example).items()), vars(again)  # fmt: skip
+
+
+def test_rows_and_tokens_without_teacher_states_leave_those_of_the_others():
+    rng = np.random.default_rng(0)
+    states = np.arange(16, dtype=np.float16).reshape(2, 4, 2)
+    states[:, 1] = np.nan  # such as a latent slot
+    rows = [make_example(uid, length, 2, rng) for uid, length in ((1, 3), (2, 4), (3, 2))]
+    rows[1] = replace(rows[1], teacher_hidden=states)
+    batch = collate_kd_batch(rows, pad_id=0)
+    assert batch.state_index.tolist() == [4, 6, 7]
+    assert torch.equal(batch.teacher_hidden, torch.from_numpy(states[:, [0, 2, 3]]))
+    none = collate_kd_batch(rows[:1], pad_id=0)
+    assert none.state_index.tolist() == []
+    assert none.teacher_hidden.shape == (0, 0, 0)

@@ -1,43 +1,41 @@
-"""Starts of turns from marks, and the loss on them by hand."""
+"""The loss on the first tokens of turns, by hand."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from raykd.losses.early_tool_call import EarlyCallWeights, early_tool_call_loss, early_tool_call_weight, turn_starts
-from raykd.types import Mark, Source
+from raykd.data.collate import collate_kd_batch
+from raykd.losses.early_tool_call import EarlyCallWeights, early_tool_call_loss, early_tool_call_weight
+from raykd.types import Batch, Example, Mark, Source
 
-R, NAME, LATENT = int(Mark.RESPONSE), int(Mark.RESPONSE | Mark.TOOL_NAME), int(Mark.LATENT)
+R, NAME = int(Mark.RESPONSE), int(Mark.RESPONSE | Mark.TOOL_NAME)
 # Row 0: a turn with a call, a tool result, an answer up to the last column. Row 1: an answer, then padding.
 MARKS = torch.tensor([[0, R, NAME, R, 0, R, R], [0, R, R, 0, 0, 0, 0]])
 
 
-def index_of(marks: torch.Tensor) -> torch.Tensor:
-    return ((marks.flatten() & R) != 0).nonzero()[:, 0]
-
-
-def test_every_run_of_response_tokens_is_a_turn():
-    starts = turn_starts(MARKS, index_of(MARKS))
-    assert starts.first.tolist() == [0, 3, 5]
-    assert starts.has_call.tolist() == [True] * 3 + [False] * 4
-    assert starts.index_in_turn.tolist() == [0, 1, 2, 0, 1, 0, 1]
-
-
-def test_a_latent_span_is_a_preamble_of_its_turn():
-    marks = torch.tensor([[0, R, LATENT, LATENT, R, R, NAME], [0, R, LATENT, R, 0, R, 0]])
-    starts = turn_starts(marks, index_of(marks))
-    # Row 0: <bot> slot slot <eot> word name. Row 1: <bot> slot <eot> and nothing else, then a turn of one word.
-    assert starts.index_in_turn.tolist() == [-1, -1, 0, 1, -1, -1, 0]
-    assert starts.first.tolist() == [2, 6]
-    assert starts.has_call.tolist() == [True] * 4 + [False] * 3
+def batch_of(marks: torch.Tensor, source: Source = Source.TEACHER) -> Batch:
+    """A sequence per row of marks [B, T], the last one written by `source`, the others by the teacher."""
+    rows = []
+    for row, row_marks in enumerate(marks):
+        num = int(((row_marks & R) != 0).sum())
+        rows.append(
+            Example(
+                uid=row, source=source if row == len(marks) - 1 else Source.TEACHER,
+                input_ids=np.ones(len(row_marks), np.int32), marks=row_marks.numpy().astype(np.uint16),
+                topk_ids=np.zeros((num, 0), np.int32), topk_logprobs=np.zeros((num, 0), np.float16),
+                log_tail=np.zeros(0, np.float32),
+            )
+        )  # fmt: skip
+    return collate_kd_batch(rows, pad_id=0)
 
 
 def test_only_the_first_tokens_of_turns_with_a_call_get_cross_entropy_and_student_text_nothing():
-    source = torch.tensor([Source.TEACHER] * 5 + [Source.STUDENT] * 2)
-    weights = early_tool_call_weight(MARKS, index_of(MARKS), source, num_tokens=2, ce_weight=0.5, prior_weight=2.0)
+    batch = batch_of(MARKS, source=Source.STUDENT)
+    weights = early_tool_call_weight(batch, num_tokens=2, ce_weight=0.5, prior_weight=2.0)
     assert weights.ce.tolist() == [0.5, 0.5, 0, 0, 0, 0, 0]
     assert weights.prior.tolist() == [2.0, 2.0, 0.0]
     assert weights.has_call.tolist() == [True, False, False]
@@ -78,8 +76,6 @@ def test_no_turns_and_unweighted_turns_give_zero_with_their_graph():
         assert (loss.sum, loss.count, loss.mean()) == (0, 0, 0)
         for gradient in torch.autograd.grad(loss.mean(), (openings, targets), materialize_grads=True):
             assert torch.equal(gradient, torch.zeros_like(gradient))
-    nothing = turn_starts(torch.zeros(2, 3, dtype=torch.int32), torch.empty(0, dtype=torch.int64))
-    assert [len(part) for part in nothing] == [0, 0, 0]
 
 
 def test_certainty_and_impossibility_stay_finite_where_the_loss_is():
@@ -96,10 +92,9 @@ def test_padding_order_and_splitting_change_nothing():
     openings = -torch.rand(2, 9, 3).double() - 1.2
 
     def loss(rows: list[int], padding: int = 0) -> torch.Tensor:
-        marks = torch.nn.functional.pad(MARKS[rows], (0, padding))
-        index = index_of(marks)
-        weights = early_tool_call_weight(marks, index, torch.zeros(len(index)), num_tokens=2)
-        width = marks.shape[1]
+        batch = batch_of(torch.nn.functional.pad(MARKS[rows], (0, padding)))
+        weights = early_tool_call_weight(batch, num_tokens=2)
+        width, index = batch.input_ids.shape[1], batch.response_index
         row, column = torch.tensor(rows)[index // width], index % width
         at_first = openings[row[weights.first], column[weights.first]]
         result = early_tool_call_loss(at_first, logprobs[row, column], weights)

@@ -187,23 +187,25 @@ def test_half_precision_states_and_a_bfloat16_student_stay_close(case: Case):
     assert gradients[0].dtype == torch.bfloat16
 
 
-def make_batch(teacher_hidden: Tensor) -> Batch:
+def make_batch(state_index: list[int], teacher_hidden: Tensor) -> Batch:
     ids = torch.zeros(2, 4, dtype=torch.int64)
     index = torch.tensor([2, 3, 5, 6])
     return Batch(
         uid=torch.arange(2), input_ids=ids, attention_mask=ids == 0, marks=ids.int(), response_index=index,
         response_source=torch.zeros(4, dtype=torch.int8), topk_ids=torch.zeros(4, 1, dtype=torch.int64),
-        topk_logprobs=torch.zeros(4, 1), log_tail=torch.zeros(4),
-        has_teacher=torch.tensor([True, True, True, False]), teacher_hidden=teacher_hidden,
+        topk_logprobs=torch.zeros(4, 1), log_tail=torch.zeros(4), has_teacher=torch.tensor([True, True, True, False]),
+        state_index=torch.tensor(state_index, dtype=torch.int64), teacher_hidden=teacher_hidden,
     )  # fmt: skip
 
 
 def test_a_token_is_predicted_by_the_last_layers_state_before_it():
-    hidden = torch.arange(1, 49).reshape(2, 2, 4, 3).half()
-    hidden[1, 1, 0] = 0  # no state
-    batch = make_batch(hidden)
-    assert full_kd_states(batch).tolist() == [hidden[1, b, t].tolist() for b, t in ((0, 1), (0, 2), (1, 0), (1, 1))]
-    assert full_kd_weight(batch).tolist() == [1, 1, 0, 0]
-    without = make_batch(torch.empty(0, 2, 4, 0))
+    places = [0, 1, 2, 3, 5, 6]  # the first token of the second sequence has none
+    hidden = torch.arange(2 * 6 * 3).reshape(2, 6, 3).half()
+    batch = make_batch(places, hidden)
+    states, weight = full_kd_states(batch), full_kd_weight(batch)
+    assert [states[row].tolist() for row in (0, 1, 3)] == [hidden[1, places.index(at)].tolist() for at in (1, 2, 5)]
+    assert weight.tolist() == [1, 1, 0, 0]  # the third has no state before it, the fourth no scores
+    assert full_kd_weight(make_batch([0, 1], hidden[:, :2])).tolist() == [1, 0, 0, 0]  # nor any behind
+    without = make_batch([], torch.empty(0, 0, 0))
     assert full_kd_states(without).shape == (4, 0)
     assert full_kd_weight(without).tolist() == [0, 0, 0, 0]

@@ -205,8 +205,7 @@ def test_the_rms_is_that_of_all_tokens_seen_whatever_the_order_and_the_split():
 
 
 def test_compared_tokens_are_real_ones_with_a_state():
-    hidden = torch.ones(1, 2, 3, 4).half()
-    hidden[0, 0, 1] = 0  # such as a slot that the teacher never read
+    state_index = torch.tensor([0, 2, 3, 4])  # the token at 1 has none, such as a slot that the teacher never read
     marks = torch.tensor([[0, int(Mark.LATENT), int(Mark.RESPONSE)], [0, int(Mark.RESPONSE), 0]], dtype=torch.int32)
     n = 2
     batch = Batch(
@@ -214,9 +213,9 @@ def test_compared_tokens_are_real_ones_with_a_state():
         attention_mask=torch.tensor([[True, True, True], [True, True, False]]), marks=marks,
         response_index=torch.tensor([2, 4]), response_source=torch.zeros(n, dtype=torch.int8),
         topk_ids=torch.zeros(n, 1, dtype=torch.int64), topk_logprobs=torch.zeros(n, 1), log_tail=torch.zeros(n),
-        has_teacher=torch.ones(n, dtype=torch.bool), teacher_hidden=hidden,
+        has_teacher=torch.ones(n, dtype=torch.bool), state_index=state_index, teacher_hidden=torch.ones(1, 4, 4).half(),
     )  # fmt: skip
-    assert intermediate_weight(batch, "all").tolist() == [[1, 0, 1], [1, 1, 0]]
-    assert intermediate_weight(batch, "response").tolist() == [[0, 0, 1], [0, 1, 0]]
-    without = replace(batch, teacher_hidden=torch.empty(0, 2, 3, 0))
-    assert intermediate_weight(without, "all").tolist() == [[0, 0, 0], [0, 0, 0]]
+    assert intermediate_weight(batch, "all").tolist() == [1, 1, 1, 1]
+    assert intermediate_weight(batch, "response").tolist() == [0, 1, 0, 1]
+    without = replace(batch, state_index=torch.empty(0, dtype=torch.int64), teacher_hidden=torch.empty(0, 0, 0))
+    assert intermediate_weight(without, "all").tolist() == []
