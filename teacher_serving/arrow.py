@@ -21,7 +21,6 @@ from teacher_serving.types import TEACHER_OUTPUT_SCHEMA, TeacherInfo
 TAIL_FLOOR = 2.0**-24
 """Tail mass below which 1 - sum(p) of float32 log-probabilities is rounding noise (half an ulp of 1)."""
 
-
 NO_STATES = np.empty((0, 0, 0), np.float16)
 
 
@@ -31,7 +30,7 @@ class Answer(NamedTuple):
     output_ids: np.ndarray  # [T] int32
     pieces: Sequence[tuple[np.ndarray, np.ndarray]]  # (ids, logprobs), each [n, C]; the n add up to T
     finish_reason: str
-    states: np.ndarray = NO_STATES  # [L, P + T, H] float16, output of the layers that are shipped
+    states: np.ndarray = NO_STATES  # [L, P + T, H] float16, see `shipped_states`
 
     @staticmethod
     def error(reason: str) -> Answer:
@@ -139,6 +138,37 @@ def log_tail(topk_logprobs: np.ndarray, vocab_size: int) -> np.ndarray:
     bound = (vocab_size - topk_logprobs.shape[1]) * probabilities[:, -1]
     with np.errstate(divide="ignore"):
         return np.log(np.minimum(rest, bound)).astype(np.float32)
+
+
+def half_states(states: np.ndarray) -> np.ndarray:
+    """States of any float type as float16; what is out of its range is at the end of it."""
+    limit = np.finfo(np.float16).max
+    return states.clip(-limit, limit).astype(np.float16)
+
+
+def shipped_states(states: np.ndarray, num_tokens: int) -> np.ndarray:
+    """States [L, num_tokens, H] as they are shipped: NaN at the last token, where no engine that writes has one.
+
+    The last token written was never read by the model, and its state would predict what nobody asks for. So that text has
+    the same states whether it was written or given, and by whichever engine, given text has none there either.
+
+    Args:
+        states: [L, n, H] float16 of at least the num_tokens - 1 first tokens.
+    """
+    num_layers, num_states, hidden_size = states.shape
+    assert num_states >= num_tokens - 1, f"states of {num_states} tokens for a sequence of {num_tokens}"
+    shipped = np.full((num_layers, num_tokens, hidden_size), np.nan, np.float16)
+    shipped[:, :-1] = states[:, : num_tokens - 1]
+    return shipped
+
+
+def same_answer(a: Answer, b: Answer) -> bool:
+    """Whether two runs of one request agree; a lone request repeats itself but for rounding."""
+    if not np.array_equal(a.output_ids, b.output_ids) or a.finish_reason != b.finish_reason:
+        return False
+    ids_a, ids_b = (np.concatenate([ids for ids, _ in x.pieces]) for x in (a, b))
+    logprobs_a, logprobs_b = (np.concatenate([logprobs for _, logprobs in x.pieces]) for x in (a, b))
+    return np.array_equal(ids_a, ids_b) and np.allclose(logprobs_a, logprobs_b, rtol=1e-4, atol=1e-4)
 
 
 def answers_table(rows: pa.Table, answers: Sequence[Answer], info: TeacherInfo, top_k: int, weight_version: str) -> pa.Table:

@@ -55,8 +55,9 @@ class LocalTeacherConfig(Strict):
     top_k: int = Field(default=64, ge=1, le=256)
     """K: tokens per position whose log-probability is recorded. At most the vocabulary."""
     hidden_layers: tuple[int, ...] = ()
-    """Decoder layers, counted from 0, whose output at every token of prompt and completion is recorded in half precision
-    (2 bytes x hidden size x layers a token). The last layer's is the state before the final norm. kind: hf only."""
+    """Decoder layers, counted from 0, whose output at every token of prompt and completion but the last is recorded in half
+    precision (2 bytes x hidden size x layers a token). The last layer's is the state before the final norm. vLLM ships
+    them for architectures with its EAGLE-3 interface, from one GPU, and keeps them in its KV cache until then."""
     sampling: SamplingConfig = SamplingConfig()
     """How the teacher writes."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -140,9 +141,13 @@ class VllmTeacherConfig(LocalTeacherConfig):
         return self.tensor_parallel_size
 
     @model_validator(mode="after")
-    def _ships_no_states(self) -> VllmTeacherConfig:
-        if self.hidden_layers:
-            raise ValueError(f"hidden_layers={list(self.hidden_layers)}: kind: vllm cannot ship hidden states, use kind: hf")
+    def _states_come_from_one_gpu(self) -> VllmTeacherConfig:
+        if self.hidden_layers and self.tensor_parallel_size > 1:
+            raise ValueError(
+                f"hidden_layers={list(self.hidden_layers)} with tensor_parallel_size={self.tensor_parallel_size}: vLLM's "
+                "states are read in the process that schedules, where only a model on one GPU is; set "
+                "tensor_parallel_size: 1 or kind: hf"
+            )
         return self
 
     @model_validator(mode="after")

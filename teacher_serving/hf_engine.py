@@ -18,7 +18,17 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from teacher_serving.arrow import NO_STATES, NOTHING, Answer, ListColumn, answers_table, find_problems, request_seed
+from teacher_serving.arrow import (
+    NO_STATES,
+    NOTHING,
+    Answer,
+    ListColumn,
+    answers_table,
+    find_problems,
+    half_states,
+    request_seed,
+    shipped_states,
+)
 from teacher_serving.config import HfTeacherConfig, SamplingConfig
 from teacher_serving.types import TeacherInfo
 
@@ -87,12 +97,12 @@ class HfEngine:
         self._states.append(output if isinstance(output, Tensor) else output[0])
 
     def _take_states(self) -> np.ndarray:
-        """States [L, T, H] of the one sequence of the last forward pass, within the range of half precision."""
+        """States [L, T, H] of the one sequence of the last forward pass, as they are shipped."""
         states, self._states = self._states, []
         if not states:
             return NO_STATES
-        limit = torch.finfo(torch.float16).max
-        return torch.cat(states).clamp(-limit, limit).half().cpu().numpy()
+        half = half_states(torch.cat(states).cpu().float().numpy())
+        return shipped_states(half, num_tokens=half.shape[1])
 
     def _table(self, rows: pa.Table, answers: Sequence[Answer]) -> pa.Table:
         return answers_table(rows, answers, self.info, self._config.top_k, self._config.weight_version)

@@ -12,9 +12,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from teacher_serving.config import VllmTeacherConfig
 from teacher_serving.types import TeacherInfo
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from teacher_serving.config import LocalTeacherConfig
 
 WHOLE_FILE_BYTES = 64 * 2**20
@@ -31,14 +34,54 @@ MAX_CPU_KV_BYTES = 2 * 2**30
 KV_BLOCK_TOKENS = 128
 """Of vLLM on the CPU; a sequence wastes up to one block."""
 VOLATILE_CONFIG_KEYS = ("transformers_version", "_name_or_path")
+WITH_STATES_IN_VLLM = frozenset(
+    {
+        "AfmoeForCausalLM",
+        "ApertusForCausalLM",
+        "Cohere2MoeForCausalLM",
+        "DeepseekForCausalLM",
+        "Ernie4_5ForCausalLM",
+        "Gemma4ForCausalLM",
+        "GptOssForCausalLM",
+        "GraniteForCausalLM",
+        "GraniteSWAForCausalLM",
+        "IQuestCoderForCausalLM",
+        "InternLM3ForCausalLM",
+        "K2HorizonForCausalLM",
+        "LLaMAForCausalLM",
+        "LagunaForCausalLM",
+        "Llama4ForCausalLM",
+        "LlamaForCausalLM",
+        "MiMoForCausalLM",
+        "MiMoV2FlashForCausalLM",
+        "MiMoV2ForCausalLM",
+        "MiniCPMForCausalLM",
+        "MiniMaxM2ForCausalLM",
+        "Ministral3ForCausalLM",
+        "MistralForCausalLM",
+        "NemotronHForCausalLM",
+        "NemotronHPuzzleForCausalLM",
+        "Phi3ForCausalLM",
+        "Plamo3ForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen3ForCausalLM",
+        "Qwen3MoeForCausalLM",
+        "Qwen3NextForCausalLM",
+        "Step1ForCausalLM",
+        "TeleChat2ForCausalLM",
+        "TeleChat3ForCausalLM",
+        "TeleFLMForCausalLM",
+    }
+)
+"""Architectures whose hidden states vLLM 0.32 can hand out: with its EAGLE-3 interface, without latent attention."""
 
 
 def describe(config: LocalTeacherConfig) -> TeacherInfo:
     """What the teacher of this config can deliver.
 
     Raises ValueError where the folder or a file of it is missing, where K is larger than the vocabulary, where a
-    stop token is outside it, where there is no such hidden layer, and where the context asked for is longer than the
-    model's.
+    stop token is outside it, where there is no such hidden layer or the engine cannot ship it, and where the context
+    asked for is longer than the model's.
     """
     folder = Path(config.model)
     text_config = read_text_config(folder)
@@ -54,12 +97,7 @@ def describe(config: LocalTeacherConfig) -> TeacherInfo:
             f"sampling.stop_token_ids {outside} are outside the vocabulary of {folder}: {vocab_size} tokens; "
             f"expected 0 to {vocab_size - 1}"
         )
-    num_layers = text_config["num_hidden_layers"]
-    if config.hidden_layers and config.hidden_layers[-1] >= num_layers:
-        raise ValueError(
-            f"hidden_layers={list(config.hidden_layers)}, but {folder} has {num_layers} layers; "
-            f"expected 0 to {num_layers - 1}"
-        )
+    _check_hidden_layers(config, text_config["num_hidden_layers"])
     model_limit = context_limit(folder)
     if not model_limit and config.max_model_len is None:
         raise ValueError(f"{folder}/config.json has no max_position_embeddings; set max_model_len")
@@ -85,6 +123,20 @@ def describe(config: LocalTeacherConfig) -> TeacherInfo:
         max_model_len=max_model_len,
         eos_token_ids=_eos_token_ids(folder, text_config),
     )
+
+
+def _check_hidden_layers(config: LocalTeacherConfig, num_layers: int) -> None:
+    layers = list(config.hidden_layers)
+    if layers and layers[-1] >= num_layers:
+        raise ValueError(
+            f"hidden_layers={layers}, but {config.model} has {num_layers} layers; expected 0 to {num_layers - 1}"
+        )
+    architectures = read_model_config(Path(config.model)).get("architectures") or []
+    if layers and isinstance(config, VllmTeacherConfig) and not WITH_STATES_IN_VLLM & set(architectures):
+        raise ValueError(
+            f"hidden_layers={layers} with kind: vllm, which cannot hand out the states of {architectures} ({config.model}), "
+            f"only those of {', '.join(sorted(WITH_STATES_IN_VLLM))}; use kind: hf"
+        )
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
@@ -114,7 +166,9 @@ def cpu_kv_cache_bytes(config: LocalTeacherConfig, info: TeacherInfo) -> int:
     On the CPU vLLM would otherwise claim most of the machine's memory.
     """
     element_bytes = 2 if config.dtype in ("float16", "bfloat16") else 4
-    context_bytes = (info.max_model_len + 2 * KV_BLOCK_TOKENS) * kv_bytes_per_token(Path(config.model), element_bytes)
+    token_bytes = kv_bytes_per_token(Path(config.model), element_bytes)
+    token_bytes += state_bytes_per_token(config) // 2 * element_bytes  # states are kept next to keys and values
+    context_bytes = (info.max_model_len + 2 * KV_BLOCK_TOKENS) * token_bytes
     return max(2 * context_bytes, min(config.max_num_seqs * context_bytes, MAX_CPU_KV_BYTES))
 
 
@@ -134,20 +188,24 @@ def kv_bytes_per_token(folder: Path, element_bytes: int) -> int:
     return 2 * text_config["num_hidden_layers"] * num_kv_heads * head_dim * element_bytes
 
 
-def vocabulary_fingerprint(folder: str | Path) -> str:
+def vocabulary_fingerprint(source: str | Path | Tokenizer) -> str:
     """Hash of the id-to-token map, special tokens marked: equal for two tokenizers that mean the same by every id.
 
-    Raises ValueError where the folder has no tokenizer.json.
+    `source`: a folder, or a fast tokenizer at hand. Raises ValueError where the folder has no tokenizer.json.
     """
-    from tokenizers import Tokenizer
-
-    path = Path(folder) / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} has no tokenizer.json; expected the folder of a fast tokenizer")
-    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer = _read_tokenizer(Path(source)) if isinstance(source, str | Path) else source
     tokens = sorted((index, token) for token, index in tokenizer.get_vocab(with_added_tokens=True).items())
     special = sorted(index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special)
     return _digest(_canonical(tokens), _canonical(special))
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no tokenizer.json; expected the folder of a fast tokenizer")
+    return Tokenizer.from_file(str(path))
 
 
 def vocabulary_size(tokenizer: Any) -> int:

@@ -44,7 +44,8 @@ TEACHER_OUTPUT_SCHEMA = pa.schema(
         ("teacher_fingerprint", pa.string()),  # hash of model, tokenizer and sampling
         ("weight_version", pa.string()),
         ("num_hidden_layers_shipped", pa.int32()),  # L; 0 without hidden_states
-        ("hidden_states", pa.list_(pa.float16())),  # [L*(P+T)*H] output of the layers `hidden_layers` at every token
+        # [L*(P+T)*H] output of the layers `hidden_layers` at every token; NaN at the last one, which has none
+        ("hidden_states", pa.list_(pa.float16())),
     ]
 )
 
@@ -55,7 +56,7 @@ class TeacherInfo:
 
     teacher_id: str
     fingerprint: str  # model + tokenizer + sampling: the key of cached output
-    vocabulary_fingerprint: str  # of the id-to-token map: must equal the student's
+    vocabulary_fingerprint: str  # of the id-to-token map
     vocab_size: int  # rows of the LM head
     max_model_len: int  # tokens, prompt and output together
     eos_token_ids: tuple[int, ...]

@@ -3,9 +3,9 @@
 In:  tables of PROMPT_SCHEMA (generate) or SEQUENCE_SCHEMA (score), from several threads at once.
 Out: tables of TEACHER_OUTPUT_SCHEMA in the order of the request; a row that could not be answered is an error row.
 
-The only file that imports vllm. One code path for CPU and GPU: vLLM's LLMEngine is driven by add_request and step, so
-the requests of all calls share its running batch and a slow sequence holds back nobody but itself. With
-VLLM_ENABLE_V1_MULTIPROCESSING=0 the engine lives in this process, else in a child.
+With vllm_states.py the only file that imports vllm. One code path for CPU and GPU: vLLM's LLMEngine is driven by
+add_request and step, so the requests of all calls share its running batch and a slow sequence holds back nobody but
+itself. With VLLM_ENABLE_V1_MULTIPROCESSING=0 the engine lives in this process, else in a child.
 
 Shape letters: P prompt tokens, T output tokens, K top-k entries, C = K + 1 columns (the sampled token in front).
 """
@@ -36,11 +36,12 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from teacher_serving.arrow import NOTHING, Answer, ListColumn, answers_table, find_problems, request_seed
+from teacher_serving.arrow import NOTHING, Answer, ListColumn, answers_table, find_problems, request_seed, same_answer
 from teacher_serving.config import VllmTeacherConfig
 from teacher_serving.faults import planned_fault
 from teacher_serving.identity import context_limit, cpu_kv_cache_bytes
 from teacher_serving.types import TeacherDeadError, TeacherInfo
+from teacher_serving.vllm_states import received_states, settings_for_states
 
 ARRAYS_KEPT_IN = ("0.32.",)
 """vLLM versions whose output processor _KeptArrays is known to fit; others take the public flat path."""
@@ -58,6 +59,11 @@ class VllmEngine:
         self.info = info
         self._config = config
         in_process = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") == "0"
+        if config.hidden_layers and config.device == "cpu" and not in_process:
+            raise ValueError(
+                f"hidden_layers={list(config.hidden_layers)} with VLLM_ENABLE_V1_MULTIPROCESSING=1 on the CPU, where vLLM "
+                "then schedules in another process than its model is in; set VLLM_ENABLE_V1_MULTIPROCESSING=0"
+            )
         args = _engine_args(config, info)
         self._engine = LLMEngine.from_engine_args(args, enable_multiprocessing=not in_process)
         # vLLM wants room for a token after the last scored one, which a model at its own limit does not have.
@@ -159,7 +165,7 @@ class VllmEngine:
         empty = Answer(np.empty(0, np.int32), (), "given")
         answers = [empty if problem is None else Answer.error(problem) for problem in problems]
         for row, asked in zip(rows, requests, strict=True):
-            answers[row] = _scored(asked, prompt.lengths[row], output.row(row))
+            answers[row] = self._scored(asked, prompt.lengths[row], output.row(row))
         return answers
 
     # ---- the callers' side
@@ -207,7 +213,18 @@ class VllmEngine:
         if completion.finish_reason not in ("stop", "length"):
             return Answer.error(f"the engine finished with {completion.finish_reason}")
         output_ids = np.asarray(completion.token_ids, np.int32)
-        return Answer(output_ids, _pieces(completion.logprobs, len(output_ids)), completion.finish_reason)
+        states = received_states(output, self._config.hidden_layers, len(asked.prompt_ids) + len(output_ids))
+        return Answer(output_ids, _pieces(completion.logprobs, len(output_ids)), completion.finish_reason, states)
+
+    def _scored(self, asked: _Request, prompt_length: int, output_ids: np.ndarray) -> Answer:
+        output = asked.done.result()
+        if isinstance(output, str):
+            return Answer.error(output)
+        pieces = _pieces(output.prompt_logprobs, len(asked.prompt_ids) - 1)
+        first = prompt_length - 1  # this row says what follows the prompt
+        ids, logprobs = (np.concatenate(parts)[first:] for parts in zip(*pieces, strict=True))
+        states = received_states(output, self._config.hidden_layers, len(asked.prompt_ids))
+        return Answer(output_ids, ((ids, logprobs),), "given", states)
 
     # ---- the stepping thread: nothing else touches the engine while it runs
 
@@ -290,7 +307,7 @@ class VllmEngine:
         flat = both()
         self._keeps_arrays = True
         kept = both()
-        return all(_same_answer(a, b) for a, b in zip(flat, kept, strict=True))
+        return all(same_answer(a, b) for a, b in zip(flat, kept, strict=True))
 
 
 @dataclass(eq=False)
@@ -338,16 +355,6 @@ def _sampling_params(**settings: Any) -> SamplingParams:
     )
 
 
-def _scored(asked: _Request, prompt_length: int, output_ids: np.ndarray) -> Answer:
-    output = asked.done.result()
-    if isinstance(output, str):
-        return Answer.error(output)
-    num_rows = prompt_length + len(output_ids) - 1
-    first = prompt_length - 1  # this row says what follows the prompt
-    ids, logprobs = (np.concatenate(parts)[first:] for parts in zip(*_pieces(output.prompt_logprobs, num_rows), strict=True))
-    return Answer(output_ids, ((ids, logprobs),), "given")
-
-
 def _pieces(logprobs: object, num_rows: int) -> Sequence[tuple[np.ndarray, np.ndarray]]:
     """What a request's log-probabilities are as arrays (ids [n, C], logprobs [n, C]), num_rows rows in all."""
     if not isinstance(logprobs, FlatLogprobs):
@@ -355,15 +362,6 @@ def _pieces(logprobs: object, num_rows: int) -> Sequence[tuple[np.ndarray, np.nd
         return logprobs
     ids = np.array(logprobs.token_ids, np.int32).reshape(num_rows, -1)
     return ((ids, np.array(logprobs.logprobs, np.float32).reshape(num_rows, -1)),)
-
-
-def _same_answer(a: Answer, b: Answer) -> bool:
-    """Whether two runs of one request agree; a lone request repeats itself but for rounding."""
-    if not np.array_equal(a.output_ids, b.output_ids) or a.finish_reason != b.finish_reason:
-        return False
-    ids_a, ids_b = (np.concatenate([ids for ids, _ in x.pieces]) for x in (a, b))
-    logprobs_a, logprobs_b = (np.concatenate([logprobs for _, logprobs in x.pieces]) for x in (a, b))
-    return np.array_equal(ids_a, ids_b) and np.allclose(logprobs_a, logprobs_b, rtol=1e-4, atol=1e-4)
 
 
 def _engine_args(config: VllmTeacherConfig, info: TeacherInfo) -> EngineArgs:
@@ -395,4 +393,5 @@ def _engine_args(config: VllmTeacherConfig, info: TeacherInfo) -> EngineArgs:
         disable_log_stats=True,
         use_tqdm_on_load=False,
         seed=config.sampling.seed % 2**31,
+        **settings_for_states(config.hidden_layers),
     )

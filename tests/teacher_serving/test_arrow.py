@@ -6,7 +6,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from teacher_serving.arrow import Answer, ListColumn, answers_table, find_problems, log_tail, request_seed, split_columns
+from teacher_serving.arrow import (
+    Answer,
+    ListColumn,
+    answers_table,
+    find_problems,
+    log_tail,
+    request_seed,
+    shipped_states,
+    split_columns,
+)
 from teacher_serving.types import TEACHER_OUTPUT_SCHEMA, TeacherInfo
 
 INFO = TeacherInfo("t", "f", "v", vocab_size=10, max_model_len=8, eos_token_ids=(1,))
@@ -82,6 +91,16 @@ def test_every_row_becomes_a_row_and_errors_are_empty_ones():
     assert table["finish_reason"].to_pylist() == ["stop", "error: nothing came", "length"]
     assert set(table["weight_version"].to_pylist()) == {"3"}
     assert answers_table(rows.slice(0, 0), [], INFO, 2, "0").schema.equals(TEACHER_OUTPUT_SCHEMA)
+
+
+def test_the_last_token_has_no_state_whether_an_engine_has_one_or_not():
+    states = np.arange(12, dtype=np.float16).reshape(1, 4, 3)
+    shipped = shipped_states(states, num_tokens=4)
+    assert np.isnan(shipped[:, -1]).all()
+    assert shipped[:, :-1].tolist() == states[:, :-1].tolist()
+    np.testing.assert_array_equal(shipped_states(states[:, :3], num_tokens=4), shipped)
+    with pytest.raises(AssertionError, match="states of 3 tokens for a sequence of 5"):
+        shipped_states(states[:, :3], num_tokens=5)
 
 
 def test_rows_the_engine_must_not_see_are_named():

@@ -111,6 +111,16 @@ def test_what_the_files_do_not_allow_is_refused(model: Path):
         fingerprint(model, top_k=5)
 
 
+def test_states_of_an_architecture_that_vllm_cannot_hand_out_are_refused(model: Path):
+    config = json.loads((model / "config.json").read_text())
+    assert fingerprint(model, hidden_layers=(1,)) != fingerprint(model)
+    (model / "config.json").write_text(json.dumps({**config, "architectures": ["GemmaForCausalLM"]}))
+    with pytest.raises(ValueError, match=r"states of \['GemmaForCausalLM'\].*only those of .*Qwen3ForCausalLM.*kind: hf"):
+        fingerprint(model, hidden_layers=(1,))
+    assert describe(HfTeacherConfig(model=str(model), hidden_layers=(1,))).vocab_size == config["vocab_size"]
+    assert fingerprint(model)
+
+
 def test_end_of_sequence_tokens_come_from_the_generation_config_first(model: Path):
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4]}))
     assert describe(VllmTeacherConfig(model=str(model))).eos_token_ids == (3, 4)
@@ -121,3 +131,9 @@ def test_end_of_sequence_tokens_come_from_the_generation_config_first(model: Pat
 
 def test_key_value_bytes_are_those_of_the_model(tiny_model_path: Path):
     assert identity.kv_bytes_per_token(tiny_model_path, torch.float32.itemsize) == 2 * 2 * 1 * 32 * 4
+
+
+def test_the_cache_on_the_cpu_has_room_for_the_states_of_the_tokens_it_holds(tiny_model_path: Path):
+    configs = [VllmTeacherConfig(model=str(tiny_model_path), hidden_layers=layers) for layers in ((), (0, 1))]
+    plain, with_states = (identity.cpu_kv_cache_bytes(config, describe(config)) for config in configs)
+    assert with_states / plain == 1 + (2 * 64) / (2 * 2 * 1 * 32)  # a token's states / its keys and values

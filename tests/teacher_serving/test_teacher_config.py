@@ -27,7 +27,7 @@ def test_kind_chooses_the_teacher():
         ({"device": "cpu", "num_gpus": 1}, "num_gpus"),
         ({"device": "cpu", "tensor_parallel_size": 2}, "tensor_parallel_size"),
         ({"num_gpus": 1, "tensor_parallel_size": 2}, "tensor_parallel_size"),
-        ({"hidden_layers": (3,)}, "kind: vllm cannot ship hidden states, use kind: hf"),
+        ({"hidden_layers": (3,), "tensor_parallel_size": 2}, "hidden_layers=.3. with tensor_parallel_size=2"),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(options: dict, word: str):
