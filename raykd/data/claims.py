@@ -49,8 +49,8 @@ _ANCHOR = re.compile(
     r"|(?P<quote>\"[^\"\n]{1,200}\"|“[^”\n]{1,200}”|`[^`\n]{1,200}`)"
     r"|(?P<number>\d++(?:[.,:/-]\d++)*+)"
 )
-# A sentence ends at its mark before white space or the end, or at a line break.
-_END = re.compile(r"[.!?]++[\"'”’)\]]*+(?=\s|\Z)|[。！？]++|\n")
+# A sentence ends at its mark before white space or the end, or at a line break. A run of marks is tried once, at its first.
+_END = re.compile(r"(?<![.!?])[.!?]++[\"'”’)\]]*+(?=\s|\Z)|[。！？]++|\n")
 _ABBREVIATION = re.compile(r"(?:\b(?:[A-Z]|Dr|Mr|Mrs|Ms|Prof|St|No|vs|etc|approx|e\.g|i\.e|U\.S))\Z")
 _CLAUSE = re.compile(r";\s++|,\s++(?:and|but|or|while|whereas|so)\s++")
 _HEDGE = re.compile(

@@ -15,6 +15,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -149,11 +150,12 @@ def _other_numbers(turn: Turn, results: Sequence[CopyIndex]) -> Iterator[tuple[i
     spellings: dict[str, frozenset] = {}
     for result in results:
         spellings.update(result.numbers)
+    newest = list(spellings.items())[::-1]
     for number in _numbers(turn.text):
         if known.isdisjoint(number.values):
             continue
-        others = [spelling for spelling, values in spellings.items() if values.isdisjoint(number.values)]
-        for position, written_id, ids in _partings(turn, number.span, tuple(others[-_MAX_OTHERS:]), tokens_around=0):
+        others = (spelling for spelling, values in newest if values.isdisjoint(number.values))
+        for position, written_id, ids in _partings(turn, number.span, tuple(islice(others, _MAX_OTHERS)), tokens_around=0):
             yield position, ids - {written_id}
 
 

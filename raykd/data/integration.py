@@ -48,7 +48,7 @@ _IDS = re.compile(
 )
 _QUOTED = re.compile(r"\"([^\"\n]{2,200})\"|“([^”\n]{2,200})”|`([^`\n]{2,200})`")
 _LABELLED = re.compile(r"^[ \t*-]*+[^:\n]{1,60}:[ \t]++([^\n]+)$", re.MULTILINE)
-_URL = re.compile(r"https?://([^/\s?#]+)(/[^/\s?#]+)?\S*", re.IGNORECASE)
+_URL = re.compile(r"https?://([^/\s?#]++)(/[^/\s?#]++)?+\S*+", re.IGNORECASE)
 
 
 def find_integration_spans(text: str, tool_results: Sequence[str], max_spans: int | None = None) -> list[Span]:

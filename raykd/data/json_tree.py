@@ -22,7 +22,9 @@ _TOKEN = re.compile(
 )
 _STRING_BODY = re.compile(r'[^"\\\x00-\x1f]*+(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*+)*+')
 _PARTIAL_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?\Z")
-_PARTIAL_SCALAR = re.compile(r"[ \t\n\r]*+(?:-|t|tr|tru|f|fa|fal|fals|n|nu|nul)?\Z")
+_PARTIAL_SCALAR = re.compile(
+    r"[ \t\n\r]*+(?:-|t|tr|tru|f|fa|fal|fals|n|nu|nul)?\Z|(?<=[0-9])(?:\.|[eE][+-]?)\Z"  # the latter behind what is a number
+)
 _LITERALS: dict[str, Any] = {"true": True, "false": False, "null": None}
 # What may come next, by (inside an object, state); s stands for a number or literal.
 _FIRST, _KEY, _COLON, _VALUE, _NEXT = range(5)
@@ -187,6 +189,8 @@ def classify_tokens(text: str, start: int, end: int) -> Iterator[tuple[str, int,
             elif token in "}]" and stack:
                 stack.pop()
             key_next = token == "{" or (token == "," and bool(stack) and stack[-1])
+    if _PARTIAL_SCALAR.match(text, position, end) and (rest := text[position:end].lstrip()):
+        yield "value", end - len(rest), end
 
 
 def closes_string(text: str, start: int, end: int) -> bool:

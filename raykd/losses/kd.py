@@ -104,12 +104,13 @@ def dense_kd_loss(
 
     Args:
         student_logits, teacher_logits: [N, V]; -inf where an id does not exist.
-        weight: [N] per token.
+        weight: [N] per token; the logits of tokens with weight 0 are not looked at.
     """
     _check_options(divergence, beta, "topk_renorm", temperature)
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     teacher = (teacher_logits.to(dtype) / temperature).log_softmax(dim=1)
-    student = (student_logits.to(dtype) / temperature).log_softmax(dim=1)
+    # Filled before the divergence: where that is not finite, a weight of 0 alone would leave a gradient of NaN.
+    student = (student_logits.to(dtype) / temperature).masked_fill((weight == 0)[:, None], 0.0).log_softmax(dim=1)
     return masked_sum(_divergence(teacher, student, divergence, beta) * temperature**2, weight)
 
 

@@ -190,6 +190,14 @@ def test_a_call_cut_off_anywhere_is_reported_as_truncated(cut):
     assert all(call.arguments_span.start <= s.start < s.end <= len(text) for s in marked)
 
 
+@pytest.mark.parametrize("number", ["-", "-1.", "1.5e", "1E+"])
+def test_a_call_cut_off_inside_a_number_is_truncated_and_not_broken(number):
+    text = f'<tool_call>{{"name": "f", "arguments": {{"x": {number}'
+    (call,) = extract_tool_calls(text)
+    assert (call.truncated, call.error) == (True, None)
+    assert "".join(under(text, span) for span in argument_spans(text, call).value) == number
+
+
 def test_a_bare_call_is_reported_as_truncated_once_its_arguments_have_begun():
     assert extract_tool_calls('{"name": "Bob", "argu') == []
     (whole, cut) = extract_tool_calls('[{"name":"a","arguments":{"x":1}},{"name":"b","arguments":{"q": "z')

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from raykd.data.collate import collate_kd_batch
+from raykd.data.pairs import rejected_half
 from raykd.loss_config import LOSSES, LossConfig
 from raykd.losses.combine import combine, loss_counts
 from raykd.losses.context import Head, LossContext, TeacherTop
@@ -117,10 +118,12 @@ def context_of(model: Model) -> LossContext:
     )
 
 
-def run(groups: list[list[Example]], config: LossConfig, padding: int = 0) -> tuple[list[LossReport], dict[str, Tensor]]:
+def run(
+    groups: list[list[Example]], config: LossConfig, padding: int = 0, rollout_clip: float | None = None
+) -> tuple[list[LossReport], dict[str, Tensor]]:
     """One optimizer step over these micro-batches; reports and gradients."""
     model = Model()
-    context = context_of(model)
+    context = dataclasses.replace(context_of(model), rollout_clip=rollout_clip)
     batches = [padded(collate_kd_batch(group, pad_id=0), padding) for group in groups]
     counts: dict[str, Tensor] = {}
     for batch in batches:
@@ -141,13 +144,12 @@ def padded(batch: Batch, padding: int) -> Batch:
     width = batch.input_ids.shape[1]
     moved = {
         name: getattr(batch, name) // width * (width + padding) + getattr(batch, name) % width
-        for name in ("response_index", "end_index", "decision_index")
+        for name in ("response_index", "end_index", "decision_index", "state_index")
     }
     wider = {
         name: nn.functional.pad(getattr(batch, name), (0, padding)) for name in ("input_ids", "attention_mask", "marks")
     }
-    hidden = nn.functional.pad(batch.teacher_hidden, (0, 0, 0, padding))
-    return dataclasses.replace(batch, **moved, **wider, teacher_hidden=hidden)
+    return dataclasses.replace(batch, **moved, **wider)
 
 
 def alone(name: str, **options) -> LossConfig:
@@ -226,3 +228,30 @@ def test_the_student_is_never_taught_its_own_words():
     for name in words:
         [report], _ = run([[student]], alone(name))
         assert report.parts[name].count == 0, name
+
+
+def test_the_rejected_half_of_a_pair_is_a_target_of_the_preference_alone():
+    half = dataclasses.replace(rejected_half(make_examples()[1]), pair=-7)
+    for name in set(LOSSES) - {"caws_compliance"}:  # whose rules hold for all text
+        [report], _ = run([[half]], alone(name))
+        assert report.parts[name].count == (name == "code_mode_preference"), name  # alone: by its one token of a call
+        assert not any(metric.count for name, metric in report.metrics.items() if name != "direct_tool_logprob")
+
+
+def test_the_policy_gradient_is_clipped_where_answers_serve_more_than_once():
+    answer = make_examples()[2]
+    model, batch = Model(), collate_kd_batch([answer], 0)
+    logits = model.head(model(batch).hidden.flatten(0, 1)[batch.response_index - 1])
+    now = logits.log_softmax(dim=1).gather(1, batch.response_ids[:, None])[:, 0].detach().numpy()
+    config = alone("policy_gradient")
+    _, reinforce = run([[answer]], config)
+
+    def gradients(old: np.ndarray, clip: float | None) -> dict[str, Tensor]:
+        return run([[dataclasses.replace(answer, sampled_logprobs=old.astype(np.float32))]], config, rollout_clip=clip)[1]
+
+    for name, gradient in gradients(now, 0.2).items():
+        torch.testing.assert_close(gradient, reinforce[name], rtol=1e-5, atol=1e-9)
+    for name, gradient in gradients(now - 1.0, None).items():  # fresh answers: nobody asks what they were worth
+        torch.testing.assert_close(gradient, reinforce[name])
+    assert all((gradient == 0).all() for gradient in gradients(now - 0.25, 0.2).values())
+    assert any((gradient != 0).any() for gradient in gradients(now - 0.25, 0.3).values())

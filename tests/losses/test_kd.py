@@ -159,6 +159,31 @@ def test_gradients_pass_finite_differences(divergence, support):
     assert torch.autograd.gradcheck(loss, logits(1).requires_grad_())
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_dense_gradients_pass_finite_differences_at_any_temperature(divergence):
+    weight = torch.arange(N)
+    absent = torch.tensor([3])  # an id that does not exist
+
+    def loss(student: Tensor) -> Tensor:
+        student, teacher = (x.index_fill(1, absent, -torch.inf) for x in (student, logits(0)))
+        return dense_kd_loss(student, teacher, weight, divergence=divergence, beta=0.3, temperature=2.5).sum
+
+    assert torch.autograd.gradcheck(loss, logits(1).requires_grad_())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_dense_logits_of_weight_zero_are_not_looked_at(divergence, bad):
+    weight = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0])
+    clean, student, teacher = logits(1).requires_grad_(), logits(1), logits(0)
+    teacher[1], student[3], teacher[3, 2] = bad, bad, bad
+    student.requires_grad_()
+    want = dense_kd_loss(clean, logits(0), weight, divergence=divergence)
+    loss = dense_kd_loss(student, teacher, weight, divergence=divergence)
+    assert loss.sum == want.sum
+    assert torch.equal(torch.autograd.grad(loss.sum, student)[0], torch.autograd.grad(want.sum, clean)[0])
+
+
 @pytest.mark.parametrize(("divergence", "support"), OPTIONS)
 def test_missing_entries_are_as_good_as_a_smaller_k(divergence, support):
     teacher = logits(0).log_softmax(dim=1)
@@ -202,12 +227,16 @@ def test_no_input_of_minus_infinity_or_nan_gives_a_gradient_that_is_not_finite(d
     assert student.grad[0, 1] == 0
 
 
-def test_an_empty_selection_is_exactly_zero_and_keeps_its_graph():
-    arguments = topk(logits(0).log_softmax(dim=1), logits(1).log_softmax(dim=1).requires_grad_(), K)
-    loss = sparse_kd_loss(*arguments, torch.zeros(N))
-    assert loss.sum == 0
-    assert loss.mean() == 0
-    assert loss.sum.requires_grad
+@pytest.mark.parametrize(("divergence", "support"), OPTIONS)
+def test_an_empty_selection_is_exactly_zero_with_a_zero_gradient(divergence, support):
+    teacher, student = logits(0), logits(1).requires_grad_()
+    arguments = topk(teacher.log_softmax(dim=1), student.log_softmax(dim=1), K)
+    sparse = sparse_kd_loss(*arguments, torch.zeros(N), divergence=divergence, support=support)
+    dense = dense_kd_loss(student, teacher, torch.zeros(N), divergence=divergence)
+    for loss in (sparse, dense):
+        (gradient,) = torch.autograd.grad(loss.mean(), student, retain_graph=True)
+        assert (loss.sum, loss.mean(), loss.count) == (0, 0, 0)
+        assert (gradient == 0).all()
 
 
 @pytest.mark.parametrize(
