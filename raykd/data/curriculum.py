@@ -12,16 +12,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
+from raykd.config import Config
 from raykd.data.detokenize import decode_tokens
+from raykd.data.examples import example_from_row, examples_to_table
 from raykd.loss_config import LatentConfig, LatentStage
-from raykd.types import ARGUMENT_MARKS, Example, Mark, Source, Span
+from raykd.types import ARGUMENT_MARKS, EXAMPLE_SCHEMA, Example, Mark, Source, Span
+from raykd.vocabulary import token_id
 
-_STEP = re.compile(r"^[ \t]*(?:step[ \t]+(\d+)[ \t]*[:.)]|(\d+)[.)][ \t])", re.IGNORECASE | re.MULTILINE)
+_STEP = re.compile(r"^[ \t]*(?:step[ \t]+(\d{1,9})[ \t]*[:.)]|(\d{1,9})[.)][ \t])", re.IGNORECASE | re.MULTILINE)
 _LINE_END = re.compile(r"\n\s*|\Z")
 _NEVER_REPLACED = int(ARGUMENT_MARKS | Mark.TOOL_NAME | Mark.CODE_MODE | Mark.DIRECT_TOOL | Mark.LATENT | Mark.DECISION)
 
@@ -36,14 +40,7 @@ class LatentIds(NamedTuple):
 
 def latent_ids(tokenizer: Any, config: LatentConfig) -> LatentIds:
     """Ids of `config.begin`, `config.slot` and `config.end`. Raises ValueError unless they are three tokens of their own."""
-    vocabulary = tokenizer.get_vocab()
-    texts = {"begin": config.begin, "slot": config.slot, "end": config.end}
-    missing = [f"latent.{name}={text!r}" for name, text in texts.items() if text not in vocabulary]
-    if missing:
-        raise ValueError(
-            f"{', '.join(missing)}: no such token in the student's vocabulary of {len(vocabulary)}; add it to the tokenizer"
-        )
-    ids = LatentIds(*(vocabulary[text] for text in texts.values()))
+    ids = LatentIds(*(token_id(tokenizer, getattr(config, name), f"latent.{name}") for name in ("begin", "slot", "end")))
     if len(set(ids)) < 3:
         raise ValueError(
             f"latent.begin, latent.slot and latent.end are the tokens {list(ids)}; expected three different ones"
@@ -59,6 +56,39 @@ def stage_at(stages: Sequence[LatentStage], step: int) -> LatentStage | None:
 def curriculum_rng(seed: int, uid: int, epoch: int) -> np.random.Generator:
     """Generator of a sequence in an epoch: the same on every worker, in every order, after every restart."""
     return np.random.default_rng([seed, uid % 2**64, epoch])
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """The curriculum of a run, and what rewriting its examples takes."""
+
+    stages: tuple[LatentStage, ...]
+    ids: LatentIds
+    seed: int
+    tokenizer: Any  # of the examples' ids
+
+    @staticmethod
+    def of(config: Config, tokenizer: Any) -> Curriculum | None:
+        """That of a run; None where it has none. Errors: ValueError of `latent_ids`."""
+        if not config.latent.stages:
+            return None
+        return Curriculum(config.latent.stages, latent_ids(tokenizer, config.latent), config.run.seed, tokenizer)
+
+    def apply(self, examples: pa.Table, steps: Sequence[int]) -> pa.Table:
+        """EXAMPLE_SCHEMA, each row as the stage of the optimizer step that it is for wants it.
+
+        Uids are those of the epoch: every row of every epoch has a draw of its own, whichever worker rewrites it.
+        """
+        rewritten = []
+        for index, step in enumerate(steps):
+            example, stage = example_from_row(examples, index), stage_at(self.stages, step)
+            if stage is not None:
+                example = rewrite(example, stage, self.ids, curriculum_rng(self.seed, example.uid, 0), self.tokenizer)
+            rewritten.append(example)
+        table = examples_to_table(rewritten)
+        for name in ("teacher_seconds", "teacher_wait_seconds"):  # which an `Example` does not know
+            table = table.set_column(table.column_names.index(name), EXAMPLE_SCHEMA.field(name), examples[name])
+        return table
 
 
 def rewrite(
@@ -193,9 +223,9 @@ class _Axis:
 
     def states(self, values: np.ndarray) -> np.ndarray:
         """Teacher states [L, T, H]. `<eot>` has that of the last token replaced, which predicts the same token next; the
-        tokens before it have none: zeros."""
+        tokens before it have none: NaN."""
         if not len(values):
             return values
-        new = np.zeros((values.shape[0], self.inserted, values.shape[2]), dtype=values.dtype)
+        new = np.full((values.shape[0], self.inserted, values.shape[2]), np.nan, dtype=values.dtype)
         new[:, -1] = values[:, self.cut.end - 1]
         return np.concatenate([values[:, : self.cut.start], new, values[:, self.cut.end :]], axis=1)

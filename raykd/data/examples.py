@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ import pyarrow as pa
 
 from raykd.config import Config
 from raykd.data.claims import claim_spans
-from raykd.data.code_mode import code_mode_eligible, code_mode_spans, direct_tool_spans, personal_data
+from raykd.data.code_mode import code_mode_eligible, code_mode_spans, direct_tool_spans, num_code_calls, personal_data
 from raykd.data.detokenize import decode_tokens
 from raykd.data.extractors import extract_tool_calls, token_mask
 from raykd.data.grammar import ToolGrammars, offered_schemas
@@ -69,16 +70,26 @@ def build_examples(teacher_rows: pa.Table, tokenizer: Any, wanted: Wanted = Want
     `top_k` may be 0 (no scores).
     """
     columns = {name: teacher_rows[name].combine_chunks() for name in teacher_rows.column_names}
-    num_ids = vocabulary_size(tokenizer)
+    is_token = known_ids(tokenizer, len(tokenizer))
     examples, rejected = [], []
     for index in range(teacher_rows.num_rows):
         row = _read_row(columns, index)
-        reason = _unusable(row, num_ids)
+        reason = _unusable(row, is_token)
         if reason:
             rejected.append({"uid": row.uid, "reason": reason})
         else:
-            examples.append(_build(_without_padding_ids(row, num_ids), tokenizer, wanted))
+            ids, logprobs, log_tail = padding_to_tail(row.topk_ids, row.topk_logprobs, row.log_tail, is_token)
+            row = replace(row, topk_ids=ids, topk_logprobs=logprobs, log_tail=log_tail)
+            examples.append(_build(row, tokenizer, wanted))
     return BuiltExamples(examples_to_table(examples), pa.Table.from_pylist(rejected, schema=REJECTED_SCHEMA))
+
+
+@lru_cache(maxsize=4)
+def known_ids(tokenizer: Any, num_tokens: int) -> np.ndarray:
+    """Which ids [V] are tokens of a tokenizer, bool. `num_tokens`: of the tokenizer, which may be given more."""
+    is_token = np.zeros(vocabulary_size(tokenizer), bool)
+    is_token[list(tokenizer.get_vocab().values())] = True
+    return is_token
 
 
 @dataclass(frozen=True)
@@ -131,15 +142,18 @@ def _read_row(columns: dict[str, pa.Array], index: int) -> _Row:
     )
 
 
-def _unusable(row: _Row, num_ids: int) -> str | None:
-    """Why a row gives no example, or None. `num_ids`: those that the tokenizer knows."""
+def _unusable(row: _Row, is_token: np.ndarray) -> str | None:
+    """Why a row gives no example, or None. `is_token`: of `known_ids`."""
     length = len(row.output_ids)
     if row.finish_reason.startswith("error"):
         return f"the teacher answered with {row.finish_reason}"
     if length == 0:
         return f"the teacher's output is empty (finish_reason {row.finish_reason!r})"
-    if (largest := row.output_ids.max()) >= num_ids:
-        return f"the teacher's output holds id {largest}, which is padding of its head: the tokenizer has {num_ids} ids"
+    if (padding := _is_padding(row.output_ids, is_token)).any():
+        return (
+            f"the teacher's output holds id {row.output_ids[padding].max()}, which is padding of its head: the tokenizer "
+            f"has {len(is_token)} ids"
+        )
     if len(row.prompt_ids) == 0:
         return "the prompt has no tokens, so nothing predicts the first response token"
     if row.response_mask is not None and len(row.response_mask) != length:
@@ -160,20 +174,25 @@ def _unusable(row: _Row, num_ids: int) -> str | None:
     return None
 
 
-def _without_padding_ids(row: _Row, num_ids: int) -> _Row:
-    """The row with the teacher's mass on padding rows of its head in the tail: a student has none there, or no such row."""
-    padding = row.topk_ids >= num_ids
+def _is_padding(ids: np.ndarray, is_token: np.ndarray) -> np.ndarray:
+    """Which ids belong to rows of the teacher's head that are no token of it."""
+    return (ids >= len(is_token)) | ~is_token[np.minimum(ids, len(is_token) - 1)]
+
+
+def padding_to_tail(
+    topk_ids: np.ndarray, topk_logprobs: np.ndarray, log_tail: np.ndarray, is_token: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Top-k ids and log-probabilities [T*K] and tail [T] with the teacher's mass on padding rows of its head in the tail: a
+    student has none there, no such row, or a token of its own. `is_token`: of `known_ids`."""
+    padding = _is_padding(topk_ids, is_token)
     if not padding.any():
-        return row
+        return topk_ids, topk_logprobs, log_tail
     with np.errstate(divide="ignore"):
-        mass = np.where(padding, np.exp(row.topk_logprobs.astype(np.float64)), 0.0).reshape(-1, row.top_k).sum(axis=1)
-        log_tail = np.logaddexp(row.log_tail.astype(np.float64), np.log(mass)).astype(np.float32)
-    return replace(
-        row,
-        topk_ids=np.where(padding, 0, row.topk_ids),
-        topk_logprobs=np.where(padding, np.float16(-np.inf), row.topk_logprobs),  # -inf: not among the K
-        log_tail=log_tail,
-    )
+        on_padding = np.where(padding, np.exp(topk_logprobs.astype(np.float64)), 0.0)
+        mass = on_padding.reshape(len(log_tail), -1).sum(axis=1)
+        log_tail = np.logaddexp(log_tail.astype(np.float64), np.log(mass)).astype(np.float32)
+    without = np.where(padding, np.float16(-np.inf), topk_logprobs)  # -inf: not among the K
+    return np.where(padding, 0, topk_ids), without, log_tail
 
 
 def _build(row: _Row, tokenizer: Any, wanted: Wanted) -> Example:
@@ -238,7 +257,7 @@ def _marks_of_text(text: str, offsets: np.ndarray, wanted: Wanted, seen: Sequenc
         texts = [part for result in seen for part in result.texts]
         largest = max((len(part) for part in texts), default=0)
         private = personal_data(texts, wanted.code_mode.pii_patterns)
-        number = len(calls) + len(code)
+        number = len(calls) + num_code_calls(text, code)
         if code_mode_eligible(np.array([number]), np.array([largest]), np.array([private]), wanted.code_mode)[0]:
             marks[token_mask(offsets, code)] |= np.uint16(Mark.CODE_MODE)
             marks[token_mask(offsets, direct_tool_spans(text, calls))] |= np.uint16(Mark.DIRECT_TOOL)

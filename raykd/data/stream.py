@@ -28,13 +28,14 @@ from ray.data._internal.execution.backpressure_policy import (
 
 from raykd.config import Config
 from raykd.data.cache import CacheIndex, TeacherCache
-from raykd.data.curriculum import curriculum_rng, latent_ids, rewrite, stage_at
-from raykd.data.examples import Wanted, build_examples, example_from_row, examples_to_table
+from raykd.data.curriculum import Curriculum
+from raykd.data.examples import Wanted, build_examples
 from raykd.data.prompt_rows import load_tokenizer
 from raykd.data.readers import DataError
-from raykd.data.sources import REJECTED_FILE, PromptSet, read_prompt_rows
+from raykd.data.sources import REJECTED_FILE, PromptSet, RowCounts, read_prompt_rows
 from raykd.data.uids import epoch_uid
 from raykd.types import EXAMPLE_SCHEMA
+from raykd.vocabulary import compare_vocabularies, remap_ids, student_tokenizer
 from teacher_serving.actor import teacher_stage
 from teacher_serving.identity import describe, state_bytes_per_token
 from teacher_serving.types import TEACHER_OUTPUT_SCHEMA
@@ -67,21 +68,30 @@ def build_dataset(
     epoch: int,
     consumed_uids: np.ndarray,
     environment: Mapping[str, str] | None = None,
+    beside: RowCounts = RowCounts(),  # noqa: B008 (frozen)
 ) -> Dataset:
     """The examples of an epoch that are still to be trained, held-out ones first. Lazy: nothing runs before it is read.
 
     `consumed_uids`: int64, uids of this run's ledger (of any epoch, in any order). `environment`: see `teacher_stage`.
+    `beside`: the offline rows that the prompts are mixed with.
     """
     teacher = partial(teacher_stage, config=config.teacher, environment=environment)
-    return example_stream(config, prompt_set, epoch, consumed_uids, teacher)
+    return example_stream(config, prompt_set, epoch, consumed_uids, teacher, beside)
 
 
-def example_stream(config: Config, prompt_set: PromptSet, epoch: int, consumed_uids: np.ndarray, teacher: Stage) -> Dataset:
+def example_stream(
+    config: Config,
+    prompt_set: PromptSet,
+    epoch: int,
+    consumed_uids: np.ndarray,
+    teacher: Stage,
+    beside: RowCounts = RowCounts(),  # noqa: B008 (frozen)
+) -> Dataset:
     """`build_dataset` with the stage that answers the rows given: the place where a benchmark puts a stand-in."""
     set_data_context(config)
     cache = teacher_cache(config, prompt_set)
-    rejects = Rejects.of(prompt_set, config.data.max_rejected_fraction)
-    plan = plan_epoch(config, prompt_set, epoch, consumed_uids, cache.index())
+    rejects = Rejects.of(prompt_set.folder, prompt_set.counts + beside, config)
+    plan = plan_epoch(config, prompt_set, epoch, consumed_uids, cache.index(), beside)
     if epoch > 0:  # a row that had no answer when the teacher was there is no reason to start it again
         plan = plan.filter(pa.array(~np.isin(plan["uid"].to_numpy(), rejects.uids())))
     if not plan.num_rows:
@@ -173,7 +183,23 @@ class LeadPolicy(BackpressurePolicy):
         return behind + op.metrics.num_tasks_running * (op.metrics.average_bytes_per_output or 0)
 
 
-def plan_epoch(config: Config, prompt_set: PromptSet, epoch: int, consumed_uids: np.ndarray, cached: CacheIndex) -> pa.Table:
+def planned_steps(num_rows: int, num_mixed: int, epoch: int, per_step: int) -> np.ndarray:
+    """The optimizer step (int64 [num_rows], from 0) that each row of a set is for, were all steps and workers equal.
+
+    `num_mixed` rows of all sets make an epoch, `per_step` of them a step; those of one set stand evenly among them.
+    """
+    place = np.arange(num_rows) * num_mixed // max(num_rows, 1)
+    return epoch * -(-num_mixed // per_step) + place // per_step
+
+
+def plan_epoch(
+    config: Config,
+    prompt_set: PromptSet,
+    epoch: int,
+    consumed_uids: np.ndarray,
+    cached: CacheIndex,
+    beside: RowCounts = RowCounts(),  # noqa: B008 (frozen)
+) -> pa.Table:
     """DESCRIPTOR_SCHEMA: held-out rows first, then the epoch's order without what is consumed; empty if nothing is left.
 
     The order depends on the prompts, run.seed and epoch alone, so that it goes on unchanged after a restart.
@@ -187,7 +213,7 @@ def plan_epoch(config: Config, prompt_set: PromptSet, epoch: int, consumed_uids:
         rng = np.random.default_rng([config.run.seed, epoch])
         place = rng.permutation(len(parts.dictionary))[parts.indices.to_numpy()]
         train = train[np.lexsort((rng.random(len(train)), place[train] // SHUFFLE_WINDOW))]
-    step = (np.arange(len(train)) + epoch * len(train)) // config.train.sequences_per_step
+    step = planned_steps(len(train), len(train) + beside.num_train, epoch, config.train.sequences_per_step)
     left = ~np.isin(epoch_uid(uid[train], epoch), consumed_uids)
     train, step = train[left], step[left]
     if not len(train):
@@ -235,18 +261,18 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Rejects:
-    """rejected.jsonl, as the extractors write it: rows the teacher gave nothing usable for."""
+    """rejected.jsonl, as the actors of a run write it: rows that gave no example."""
 
     file: str
     num_rows: int  # of the user's files
-    num_rejected: int  # of those, rejected before the teacher saw them
+    num_rejected: int  # of those, rejected before training began
     limit: float  # data.max_rejected_fraction
 
     @staticmethod
-    def of(prompt_set: PromptSet, limit: float) -> Rejects:
-        """Those of a run."""
-        num_rows = prompt_set.num_train + prompt_set.num_held_out + prompt_set.num_rejected + prompt_set.num_contaminated
-        return Rejects(str(Path(prompt_set.folder).parent / REJECTED_FILE), num_rows, prompt_set.num_rejected, limit)
+    def of(folder: str, counts: RowCounts, config: Config) -> Rejects:
+        """Those of a run; `folder`: of its prompts or offline rows, `counts`: of all that it has."""
+        file = Path(folder).parent / REJECTED_FILE
+        return Rejects(str(file), counts.num_rows, counts.num_rejected, config.data.max_rejected_fraction)
 
     def uids(self) -> np.ndarray:
         """int64, each once: rows that came to nothing with the teacher, however often (a restart tries again)."""
@@ -273,13 +299,15 @@ class Rejects:
 
 
 class Extractor:
-    """Stage 3: the teacher's answers to examples. Keeps new answers in the cache, and books rows that gave no example."""
+    """Stage 3: the teacher's answers to examples in the student's ids. Keeps new answers in the cache, and books rows that
+    gave no example."""
 
     def __init__(self, config: Config, cache: TeacherCache, rejects: Rejects) -> None:
         self._tokenizer = load_tokenizer(config.teacher.model)
+        student = student_tokenizer(config.student.tokenizer_folder, config.student.new_tokens)
+        self._match = compare_vocabularies(self._tokenizer, student).require()
         self._wanted = Wanted.by(config, self._tokenizer)
-        self._config = config
-        self._latent_ids = latent_ids(self._tokenizer, config.latent) if config.latent.stages else None
+        self._curriculum = Curriculum.of(config, student)
         self._cache = cache
         self._rejects = rejects
 
@@ -289,24 +317,11 @@ class Extractor:
         keep_new(rows, self._cache)
         examples, rejected = build_examples(rows, self._tokenizer, self._wanted)
         self._rejects.add(rows, rejected["uid"].to_pylist(), rejected["reason"].to_pylist())
-        return self._with_slots(_finish(rows, examples), rows)
-
-    def _with_slots(self, examples: pa.Table, rows: pa.Table) -> pa.Table:
-        """The latent curriculum: a draw of its own for every row of every epoch, whichever worker rewrites it."""
-        if self._latent_ids is None:
+        examples = remap_ids(_finish(rows, examples), self._match)
+        if self._curriculum is None:
             return examples
         step_of = dict(zip(rows["epoch_uid"].to_pylist(), rows["step"].to_pylist(), strict=True))
-        rewritten = []
-        for index, uid in enumerate(examples["uid"].to_pylist()):
-            example, stage = example_from_row(examples, index), stage_at(self._config.latent.stages, step_of[uid])
-            if stage is not None:
-                rng = curriculum_rng(self._config.run.seed, uid, 0)  # the uid is that of the epoch
-                example = rewrite(example, stage, self._latent_ids, rng, self._tokenizer)
-            rewritten.append(example)
-        table = examples_to_table(rewritten)
-        for name in ("teacher_seconds", "teacher_wait_seconds"):
-            table = table.set_column(table.column_names.index(name), EXAMPLE_SCHEMA.field(name), examples[name])
-        return table
+        return self._curriculum.apply(examples, [step_of[uid] for uid in examples["uid"].to_pylist()])
 
 
 def keep_new(rows: pa.Table, cache: TeacherCache) -> None:

@@ -25,14 +25,16 @@ from transformers.utils.logging import disable_progress_bar
 
 from raykd.config import Config, StudentConfig
 from raykd.data.detokenize import decode_tokens
+from raykd.data.prompt_rows import load_tokenizer
 from raykd.evaluation.metrics import score_completion
 from raykd.evaluation.prompts import EvaluationError, JudgedPrompts, load_judged_prompts
 from raykd.evaluation.results import TEACHER, Judged, Results, save_results, summarise
 from raykd.evaluation.token_scores import score_by_teacher
 from raykd.student.model import count_parameters, load_student
+from raykd.vocabulary import VocabularyMatch, compare_vocabularies, remap_ids, student_tokenizer
 from teacher_serving.config import HfTeacherConfig, LocalTeacherConfig, SamplingConfig, VllmTeacherConfig
 from teacher_serving.connect import connect, cpu_environment, resolve_device
-from teacher_serving.identity import describe, model_fingerprint, vocabulary_fingerprint
+from teacher_serving.identity import describe, model_fingerprint
 from teacher_serving.types import TeacherInfo
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,7 @@ def evaluate(config: Config, models: Mapping[str, Path], folder: Path) -> Result
     """
     info = describe(config.teacher)
     for name, path in models.items():
-        _check_model(name, path, info)
+        _check_model(config, name, path)
     prompts = load_judged_prompts(config, info)
     table = prompts.table()
     untrained = folder / UNTRAINED
@@ -64,7 +66,7 @@ def evaluate(config: Config, models: Mapping[str, Path], folder: Path) -> Result
             if name == UNTRAINED:
                 _get(made)
             scoring[name] = _task(config, score_by_teacher).remote(
-                config.student, str(path), table, teacher_rows, config.train.threads_per_worker
+                config.student, str(path), config.teacher.model, table, teacher_rows, config.train.threads_per_worker
             )
             answers, _ = write(config, path, name, info, table, keep_scores=False)
             judged[name] = _judge(path, answers, prompts)
@@ -78,7 +80,7 @@ def evaluate(config: Config, models: Mapping[str, Path], folder: Path) -> Result
     return results
 
 
-def _check_model(name: str, path: Path, teacher: TeacherInfo) -> None:
+def _check_model(config: Config, name: str, path: Path) -> None:
     if name in (TEACHER, UNTRAINED):
         raise EvaluationError(f"a model is named {name!r}: that name is taken; choose another")
     if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
@@ -86,8 +88,12 @@ def _check_model(name: str, path: Path, teacher: TeacherInfo) -> None:
             f"model {name!r}: found no Hugging Face model in {path}, expected config.json and *.safetensors; train the "
             "student first, or correct the path"
         )
-    if vocabulary_fingerprint(path) != teacher.vocabulary_fingerprint:
-        raise EvaluationError(f"model {name!r} in {path} has another vocabulary than the teacher: nothing can be compared")
+    _match_vocabulary(config, path)
+
+
+def _match_vocabulary(config: Config, path: Path) -> VocabularyMatch:
+    """What the vocabulary of the model in `path` has to do with the teacher's. Raises ValueError where it is different."""
+    return compare_vocabularies(load_tokenizer(config.teacher.model), student_tokenizer(path, ())).require()
 
 
 def _judge(path: Path, answers: pa.Table, prompts: JudgedPrompts) -> Judged:
@@ -120,19 +126,21 @@ def _own_nats(answers: pa.Table) -> list[tuple[float, float]]:
 def write(
     config: Config, path: Path, name: str, teacher: TeacherInfo, prompts: pa.Table, *, keep_scores: bool
 ) -> tuple[pa.Table, ray.ObjectRef]:
-    """Have the model in `path` answer all prompts, greedily, in an actor that ends with it.
+    """Have the model in `path` answer all prompts, greedily, in an actor that ends with it. The prompts are in the teacher's
+    ids, the answers in the model's.
 
     Returns the answers without their top-k columns, and a reference to the whole table of TEACHER_OUTPUT_SCHEMA (which
     with `keep_scores` has the configured top-k). Raises EvaluationError where a prompt came back without an answer.
     """
-    engine = _engine_config(config, path, name, teacher, keep_scores=keep_scores)
+    match = _match_vocabulary(config, path)
+    engine = _engine_config(config, path, name, teacher, match, keep_scores=keep_scores)
     environment = {"PYTHONWARNINGS": "ignore", **(cpu_environment(engine) if engine.device == "cpu" else {})}
     actor = ray.remote(Writer).options(
         num_cpus=engine.num_cpus, num_gpus=engine.gpus_per_actor, runtime_env={"env_vars": environment}
     )
     logger.info("%s (%s) answers %d prompts", name, path, prompts.num_rows)
     writer: Any = actor.remote(engine)
-    answers, whole = writer.write.options(num_returns=2).remote(prompts.select(["uid", "prompt_ids"]))
+    answers, whole = writer.write.options(num_returns=2).remote(remap_ids(prompts.select(["uid", "prompt_ids"]), match))
     table = _get(answers)
     _get(writer.close.remote())
     ray.kill(writer)
@@ -160,14 +168,18 @@ class Writer:
         self._engine.close()
 
 
-def _engine_config(config: Config, path: Path, name: str, teacher: TeacherInfo, *, keep_scores: bool) -> Any:
+def _engine_config(
+    config: Config, path: Path, name: str, teacher: TeacherInfo, match: VocabularyMatch, *, keep_scores: bool
+) -> Any:
     """The teacher's engine settings for any model: same context, greedy, one replica."""
     assert isinstance(config.teacher, LocalTeacherConfig), "a teacher without files of its own cannot be judged"
+    stop = config.teacher.sampling.stop_token_ids
     values = config.teacher.model_dump() | {
         "model": str(path),
         "teacher_id": name,
         "sampling": SamplingConfig(
-            max_tokens=config.evaluate.max_tokens, stop_token_ids=config.teacher.sampling.stop_token_ids
+            max_tokens=config.evaluate.max_tokens,
+            stop_token_ids=None if stop is None else tuple(match.student_ids(stop).tolist()),
         ),
         "max_model_len": teacher.max_model_len,
         "top_k": config.teacher.top_k if keep_scores else 1,

@@ -11,16 +11,19 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import torch
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from raykd.config import StudentConfig
 from raykd.data.collate import collate_kd_batch
 from raykd.data.examples import build_examples
+from raykd.data.prompt_rows import load_tokenizer
 from raykd.evaluation.metrics import Score
 from raykd.loss_config import LossConfig
 from raykd.losses.combine import combine, loss_counts
 from raykd.losses.context import Head
 from raykd.student.model import Student, load_student
+from raykd.vocabulary import compare_vocabularies, remap_ids
 
 NAMES = {
     "teacher_kl": "kl",
@@ -33,37 +36,44 @@ NAMES = {
 
 
 def score_by_teacher(
-    student: StudentConfig, path: str, prompts: pa.Table, teacher_rows: pa.Table, num_threads: int
+    student: StudentConfig, path: str, teacher: str, prompts: pa.Table, teacher_rows: pa.Table, num_threads: int
 ) -> list[Score]:
     """Scores of the model in `path`, one per prompt. Runs in a process of its own: it sets the number of torch threads.
 
-    `student` tells how to load it (attention); a GPU is used where this process sees one. Rows of both tables are in the
-    same order. Raises ValueError for a completion that cannot be scored.
+    `student` tells how to load it (attention), `teacher` is the folder of the teacher's tokenizer; a GPU is used where this
+    process sees one. Rows of both tables are in the same order. Raises ValueError for a completion that cannot be scored.
     """
     torch.set_num_threads(num_threads)
     disable_progress_bar()
-    as_saved = {"model": path, "tokenizer": None, "random_weights": False, "layers": None}
+    as_saved = {"model": path, "tokenizer": None, "random_weights": False, "layers": None, "new_tokens": {}}
     model = load_student(student.model_copy(update=as_saved), seed=0).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return score_examples(model, prompts, teacher_rows)
+    return score_examples(model, load_tokenizer(teacher), prompts, teacher_rows)
 
 
 @torch.inference_mode()
-def score_examples(student: Student, prompts: pa.Table, teacher_rows: pa.Table) -> list[Score]:
-    """Scores of a loaded model, one per prompt; one sequence a forward pass, for intervals need each prompt's own sums."""
+def score_examples(
+    student: Student, teacher_tokenizer: PreTrainedTokenizerBase, prompts: pa.Table, teacher_rows: pa.Table
+) -> list[Score]:
+    """Scores of a loaded model, one per prompt; one sequence a forward pass, for intervals need each prompt's own sums.
+
+    Both tables are in the teacher's ids. A student of more tokens is scored on all of its own: what it puts on those that
+    the teacher lacks is mass outside the teacher's top-k.
+    """
     assert np.array_equal(prompts["uid"].to_numpy(), teacher_rows["uid"].to_numpy()), "rows of prompts and answers differ"
     columns = [name for name in prompts.column_names if name not in teacher_rows.column_names]
     rows = teacher_rows
     for name in columns:
         rows = rows.append_column(name, prompts[name])
-    built = build_examples(rows, student.tokenizer)
+    built = build_examples(rows, teacher_tokenizer)
     if built.rejected.num_rows:
         raise ValueError(f"a completion of the teacher cannot be scored: {built.rejected['reason'][0].as_py()}")
+    examples = remap_ids(built.examples, compare_vocabularies(teacher_tokenizer, student.tokenizer).require())
     config = LossConfig(kd=1.0)
     device = student.head_weight.device
     scores: list[Score] = []
-    for index in range(built.examples.num_rows):
-        batch = collate_kd_batch(built.examples.slice(index, 1), pad_id=0).to(device)
+    for index in range(examples.num_rows):
+        batch = collate_kd_batch(examples.slice(index, 1), pad_id=0).to(device)
         report = combine(
             batch,
             student(batch.input_ids),

@@ -24,6 +24,7 @@ from transformers import (
 from raykd.config import StudentConfig
 from raykd.student.heads import HALT, SELF_EVALUATION, read_head
 from raykd.student.latent import fill_slots
+from raykd.student.tokenizer import migrate
 from raykd.types import StudentOutput
 from teacher_serving.identity import vocabulary_size
 
@@ -53,6 +54,7 @@ class Student(nn.Module):
         input_ids: torch.Tensor,
         decision_index: torch.Tensor | None = None,
         end_index: torch.Tensor | None = None,
+        latent_width: int | None = None,
     ) -> StudentOutput:
         """One pass over input_ids [B, T] padded on the right: all that the losses look at, and nothing else.
 
@@ -62,10 +64,12 @@ class Student(nn.Module):
         Args:
             decision_index: int64 [D] in the flattened [B*T]; where the halt head, if there is one, is read. D may be 0.
             end_index: int64 [B] in the flattened [B*T]; where the self-evaluation head, if there is one, is read.
+            latent_width: slots are in the columns before this one (`latent_width`); None: anywhere.
         """
         inputs = {"input_ids": input_ids}
-        if self.latent_loops:
-            filled = fill_slots(self.model, input_ids, input_ids == self.slot_id, loops=self.latent_loops)
+        if self.latent_loops and latent_width != 0:
+            is_slot = input_ids == self.slot_id
+            filled = fill_slots(self.model, input_ids, is_slot, loops=self.latent_loops, width=latent_width)
             inputs = {"inputs_embeds": filled}
         with _layer_outputs(self.model, self.layers) as layers:
             hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
@@ -76,6 +80,13 @@ class Student(nn.Module):
             read_from = hidden.detach() if self.detach_self_evaluation else hidden
             quality_logits = read_head(self.heads[SELF_EVALUATION], read_from, end_index).squeeze(-1)
         return StudentOutput(hidden, tuple(layers[layer] for layer in self.layers), halt_logits, quality_logits)
+
+    def latent_width(self, input_ids: torch.Tensor) -> int:
+        """Columns of input_ids [B, T] up to the last slot; 0 without any, or in mask mode. Reads values: ask on the host."""
+        if not self.latent_loops:
+            return 0
+        columns = (input_ids == self.slot_id).any(dim=0).nonzero()
+        return int(columns[-1]) + 1 if len(columns) else 0
 
     @property
     def hidden_size(self) -> int:
@@ -149,8 +160,11 @@ def _head(model: PreTrainedModel) -> nn.Linear:
 def load_student(config: StudentConfig, seed: int) -> Student:
     """Load (or initialise from `seed`) the student that `config` describes, in float32, on the CPU.
 
+    New tokens that the folder's model does not have yet get their rows, with noise from `seed` (student/tokenizer.py).
+
     Errors: ValueError when a tensor is missing from the folder, is not part of the model or has another shape, when
-    `layers` names a layer that is not there, or when the model's logits are more than hidden @ head + bias.
+    `layers` names a layer that is not there, when the model's logits are more than hidden @ head + bias, or when a new
+    token cannot be one.
     """
     architecture = student_config(config)
     saved_dtype = architecture.dtype if isinstance(architecture.dtype, torch.dtype) else torch.float32
@@ -162,8 +176,10 @@ def load_student(config: StudentConfig, seed: int) -> Student:
             model = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32, attn_implementation=config.attention)
         if not config.random_weights and config.layers is not None:
             model = _cut(_load_strictly(config), config.layers, model)
+    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_folder)
+    if config.new_tokens:
+        migrate(model, tokenizer, config.new_tokens, seed=seed)
     _check_head(model.eval())
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.model)
     return Student(model.train(), tokenizer, saved_dtype)
 
 

@@ -13,9 +13,11 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from raykd.config import Config
 from raykd.data.call_openings import call_openings
+from raykd.data.prompt_rows import load_tokenizer
 from raykd.losses.context import LossContext, TeacherTop
 from raykd.losses.intermediate import layer_pairs, projection_shapes
 from raykd.student.teacher_head import load_teacher_head
+from raykd.vocabulary import compare_vocabularies, token_id
 from teacher_serving.identity import read_text_config
 
 
@@ -40,26 +42,28 @@ def make_context(
     needs_latent = "caws_compliance" in losses
     needs_stop = needs_latent or "length_aware" in losses
     context = LossContext(
-        eos_id=_token(tokenizer, eos, "its end-of-turn token") if needs_stop else None,
-        bot_id=_token(tokenizer, config.latent.begin, "latent.begin") if needs_latent else None,
-        eot_id=_token(tokenizer, config.latent.end, "latent.end") if needs_latent else None,
+        eos_id=token_id(tokenizer, eos, "its end-of-turn token") if needs_stop else None,
+        bot_id=token_id(tokenizer, config.latent.begin, "latent.begin") if needs_latent else None,
+        eot_id=token_id(tokenizer, config.latent.end, "latent.end") if needs_latent else None,
         opening_ids=torch.from_numpy(call_openings(tokenizer)) if "early_tool_call" in losses else torch.empty(0).long(),
         layer_pairs=pairs,
         num_teacher_layers=len(shipped) if pairs else 0,
-        teacher_top=_teacher_top(config) if "kd" in losses and config.loss.kd_support == "full" else None,
+        rollout_clip=config.rollouts.clip if config.rollouts.every > 1 else None,
+        teacher_top=_teacher_top(config, tokenizer) if "kd" in losses and config.loss.kd_support == "full" else None,
     )
     return context, shapes
 
 
-def _token(tokenizer: PreTrainedTokenizerBase, token: str | None, option: str) -> int:
-    found = tokenizer.get_vocab().get(token) if token else None
-    if found is None:
-        raise ValueError(
-            f"{option} is {token!r}, which the tokenizer {tokenizer.name_or_path!r} does not have; add it to the tokenizer "
-            "(raykd.student.tokenizer) or name one of its tokens"
-        )
-    return found
-
-
-def _teacher_top(config: Config) -> TeacherTop:
-    return TeacherTop(*load_teacher_head(config.teacher.model))
+def _teacher_top(config: Config, tokenizer: PreTrainedTokenizerBase) -> TeacherTop:
+    """The teacher's head with its rows at the student's ids; the student's other ids have no mass (bias -inf)."""
+    head = load_teacher_head(config.teacher.model)
+    match = compare_vocabularies(load_tokenizer(config.teacher.model), tokenizer).require()
+    if match.kind == "identical":
+        return TeacherTop(*head)
+    known = torch.from_numpy(match.id_map >= 0)
+    ids = torch.from_numpy(match.id_map).long()[known]
+    weight = head.weight.new_zeros(match.num_ids, head.weight.shape[1])
+    bias = head.weight.new_full((match.num_ids,), -torch.inf)
+    weight[ids] = head.weight[: len(known)][known]
+    bias[ids] = 0.0 if head.bias is None else head.bias[: len(known)][known]
+    return TeacherTop(head.norm, weight, bias)

@@ -113,7 +113,7 @@ def test_the_state_behind_the_span_is_the_one_behind_the_steps(tokenizer, ids):
     end = int(np.flatnonzero(new.input_ids == ids.end)[0])
     states = new.teacher_hidden[0, :, 0]
     assert states[end] == states[end + 1] - 1  # that of the last replaced token: it predicts what follows
-    assert (states[end - 7 : end] == 0).all()
+    assert np.isnan(states[end - 7 : end]).all()
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -166,7 +166,7 @@ def test_without_the_span_the_rest_is_the_original_in_every_column(tokenizer, id
 def assert_same(a: Example, b: Example) -> None:
     for name, value in vars(b).items():
         if isinstance(value, np.ndarray):
-            assert np.array_equal(getattr(a, name), value), name
+            assert np.array_equal(getattr(a, name), value, equal_nan=value.dtype.kind == "f"), name
 
 
 def test_grammar_and_decisions_behind_the_span_move_with_their_tokens(tokenizer, ids):
@@ -269,7 +269,7 @@ def test_stages_follow_one_another_by_optimizer_step():
 
 
 def test_sentinels_that_the_vocabulary_lacks_are_named(tokenizer, demo_tokenizer):
-    with pytest.raises(ValueError, match=r"latent.begin='<bot>', latent.slot='<slot>', latent.end='<eot>': no such token"):
+    with pytest.raises(ValueError, match=r"latent.begin is '<bot>', which the tokenizer .* add it to student.new_tokens"):
         latent_ids(demo_tokenizer, LatentConfig())
     with pytest.raises(ValueError, match="expected three different ones"):
         latent_ids(tokenizer, LatentConfig(slot="<bot>"))

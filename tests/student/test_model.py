@@ -142,6 +142,48 @@ def test_random_weights_come_from_the_seed_alone(folder):
     assert len(first.model.model.layers) == 1
 
 
+SENTINELS = {"<bot>": "w3", "<slot>": "", "<eot>": ""}
+
+
+@pytest.mark.parametrize("options", [{}, {"layers": (0, 2)}, {"random_weights": True}])
+def test_new_tokens_get_rows_once_and_a_saved_student_keeps_what_training_made_of_them(folder, tmp_path, options):
+    student, plain = load(folder, new_tokens=SENTINELS, **options), load(folder, **options)
+    assert torch.equal(student.head_weight[:VOCAB], plain.head_weight)
+    assert student.head_weight is embedding(student)
+    assert (student.num_valid_ids, len(student.head_weight)) == (VOCAB + 3, 64)
+    torch.testing.assert_close(student.head_weight[VOCAB], plain.head_weight[3], atol=0.05, rtol=0)
+    assert torch.equal(load(folder, new_tokens=SENTINELS, **options).head_weight, student.head_weight)
+    with torch.no_grad():
+        student.head_weight[VOCAB:] = 5.0
+    student.save(tmp_path)
+    for new_tokens in (SENTINELS, {}):
+        again = load(tmp_path, new_tokens=new_tokens)
+        assert all(torch.equal(a, b) for a, b in zip(student.parameters(), again.parameters(), strict=True))
+        assert again.num_valid_ids == VOCAB + 3
+
+
+@torch.no_grad()
+def test_passes_that_fill_slots_look_no_further_than_the_last_one(folder):
+    student, ids = load(folder), random_ids(2, 9)
+    student.slot_id, student.latent_loops = 47, 2
+    ids[ids == 47] = 46
+    plain = load(folder)(ids).hidden
+    assert student.latent_width(ids) == 0
+    assert torch.equal(student(ids, latent_width=0).hidden, plain)
+    ids[0, [3, 4]], ids[1, 2] = 47, 47
+    assert student.latent_width(ids) == 5
+    seen: list[int] = []
+    hook = student.model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    narrow = student(ids, latent_width=student.latent_width(ids)).hidden
+    hook.remove()
+    assert seen == [5, 5, 9]
+    torch.testing.assert_close(narrow, student(ids).hidden)
+    student.latent_loops = 0  # mask mode
+    assert student.latent_width(ids) == 0
+
+
 @pytest.mark.parametrize("damage", ["missing", "extra", "shape"])
 def test_a_folder_with_other_tensors_than_the_model_has_is_refused(folder, tmp_path, damage):
     load(folder).save(tmp_path)
