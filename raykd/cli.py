@@ -206,6 +206,9 @@ def _with_absolute_paths(config: Config) -> Config:
         value = values[section].get(name)
         if value is not None and (key == "run.dir" or Path(value).exists()):
             values[section][name] = str(Path(value).absolute())
+    for file in values["data"]["offline"]:
+        if Path(file["path"]).exists():
+            file["path"] = str(Path(file["path"]).absolute())
     return Config.model_validate(values)
 
 

@@ -1,8 +1,9 @@
 """Have the teacher answer all prompts and keep what it says: `python -m raykd.collect --config a.yaml b.yaml key=value …`.
 
 In:  the config and the prompts that it names (data.completions=recorded: the teacher scores the conversations).
-Out: the teacher's cache (data.teacher_cache, or the run folder's), as training reads and writes it; with `--jsonl FILE`
-     also one file of offline rows, for data.offline, for `KDDataset`, and for people to read.
+Out: the teacher's cache (data.teacher_cache, or the run folder's), as training reads and writes it; with `--jsonl FILE` or
+     `--parquet FILE` also one file of offline rows, for data.offline and for `KDDataset`: the former for people to read,
+     too, the latter a fraction of its size.
 
 `python -m raykd.collect --add-process-targets FILE.jsonl` needs no config: it writes FILE.targets.jsonl beside the file, the
 same rows with the spans of their calls and reused values.
@@ -18,9 +19,10 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +33,7 @@ from ray.exceptions import RayTaskError
 from raykd.cli import exit_code, open_run, parse, run_folder, start_ray
 from raykd.config import Config
 from raykd.data.cache import TeacherCache
-from raykd.data.offline_write import JsonlWriter, add_process_targets, offline_rows
+from raykd.data.offline_write import JsonlWriter, ParquetWriter, add_process_targets, offline_rows
 from raykd.data.prompt_rows import load_tokenizer
 from raykd.data.readers import DataError
 from raykd.data.sources import PromptSet, prepare_prompts
@@ -55,7 +57,7 @@ logger = logging.getLogger(__name__)
 
 REPORT_EVERY_S = 10.0
 EXPORT_ROWS = 256
-"""Rows read from the cache together on their way to JSONL."""
+"""Rows read from the cache together on their way to a file."""
 
 
 @dataclass
@@ -114,7 +116,7 @@ def collect(config: Config, prompt_set: PromptSet, teacher: Stage | None = None)
     stage = teacher or partial(teacher_stage, config=config.teacher)
     counts = answered_stream(config, prompt_set, missing, cache, stage).map_batches(
         Keeper,
-        fn_constructor_args=(cache, Rejects.of(prompt_set, config.data.max_rejected_fraction)),
+        fn_constructor_args=(cache, Rejects.of(prompt_set.folder, prompt_set.counts, config)),
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=config.data.num_extractors),
@@ -145,34 +147,53 @@ def export_jsonl(config: Config, prompt_set: PromptSet, path: str) -> int:
 
     Held-out prompts are left out. Prompts without an answer are not in the cache, and so not in the file.
     """
+    tokenizer = load_tokenizer(config.teacher.model)
+    with JsonlWriter(path, _header(config, prompt_set) | {"seed": config.run.seed}) as writer:
+        for rows in _answered_rows(config, prompt_set):
+            for row in offline_rows(rows, tokenizer):
+                writer.write(row)
+    return writer.num_rows
+
+
+def export_parquet(config: Config, prompt_set: PromptSet, path: str) -> int:
+    """The same as one Parquet file."""
+    with ParquetWriter(path, _header(config, prompt_set)) as writer:
+        for rows in _answered_rows(config, prompt_set):
+            writer.write(rows)
+    return writer.num_rows
+
+
+def _header(config: Config, prompt_set: PromptSet) -> dict[str, Any]:
+    return {
+        "vocabulary_fingerprint": vocabulary_fingerprint(config.teacher.model),
+        "teacher_fingerprint": teacher_cache(config, prompt_set).fingerprint,
+    }
+
+
+def _answered_rows(config: Config, prompt_set: PromptSet) -> Iterator[pa.Table]:
     cache = teacher_cache(config, prompt_set)
     plan = plan_epoch(config, prompt_set, 0, np.empty(0, np.int64), cache.index())
     plan = plan.filter(plan["cache_file"].is_valid()).sort_by([("file", "ascending"), ("row", "ascending")])
-    read, tokenizer = Prompts(prompt_set.folder, cache), load_tokenizer(config.teacher.model)
-    header = {
-        "vocabulary_fingerprint": vocabulary_fingerprint(config.teacher.model),
-        "teacher_fingerprint": cache.fingerprint,
-        "seed": config.run.seed,
-    }
-    with JsonlWriter(path, header) as writer:
-        for start in range(0, plan.num_rows, EXPORT_ROWS):
-            rows = read(plan.slice(start, EXPORT_ROWS).combine_chunks())
-            for row in offline_rows(rows.filter(pa.array(~rows["held_out"].to_numpy())), tokenizer):
-                writer.write(row)
-    return writer.num_rows
+    read = Prompts(prompt_set.folder, cache)
+    for start in range(0, plan.num_rows, EXPORT_ROWS):
+        rows = read(plan.slice(start, EXPORT_ROWS).combine_chunks())
+        yield rows.filter(pa.array(~rows["held_out"].to_numpy()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. Errors: ValueError for what the user can mend."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--jsonl", metavar="FILE")
+    parser.add_argument("--parquet", metavar="FILE.parquet")
     parser.add_argument("--add-process-targets", metavar="FILE.jsonl")
     own, rest = parser.parse_known_args(argv)
     if own.add_process_targets:
         return _add_process_targets(own.add_process_targets)
     config, _ = parse(rest, __doc__ or "")
-    if config.data.offline:
+    if not config.data.prompts:
         raise DataError("data.offline holds the responses already: there is nothing to collect; expected data.prompts")
+    if own.parquet and not own.parquet.endswith((".parquet", ".pq")):
+        raise DataError(f"--parquet {own.parquet}: data.offline tells the format by the name; expected one in .parquet")
     folder = open_run(config, resume=(run_folder(config) / "config.yaml").exists())
     quiet_ray()
     start_ray(config)
@@ -181,8 +202,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     collected = collect(config, prompt_set)
     print(f"{collected}; {time.monotonic() - start:.0f} s in all; kept in {teacher_cache(config, prompt_set).path}")
-    if own.jsonl:
-        print(f"{export_jsonl(config, prompt_set, own.jsonl)} rows written to {own.jsonl}")
+    for path, export in ((own.jsonl, export_jsonl), (own.parquet, export_parquet)):
+        if path:
+            print(f"{export(config, prompt_set, path)} rows written to {path}")
     return 0
 
 

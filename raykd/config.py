@@ -48,10 +48,12 @@ class DataConfig(Section):
     """Training prompts: a JSONL or Parquet file, a folder of either, or a Hugging Face dataset saved to disk.
     Rows have `messages` (and `tools`) in the OpenAI form, or `prompt`."""
     offline: tuple[OfflineFile, ...] = ()
-    """Instead of prompts: files that hold the responses already. No teacher is started then; `teacher.model` names the
-    folder whose tokenizer the token ids belong to."""
+    """Files of rows that hold their responses already. Beside `prompts`, every optimizer step takes rows of both in the
+    ratio of their numbers in an epoch. Without `prompts` no teacher is started; `teacher.model` still names the folder
+    whose tokenizer the token ids belong to, and `teacher.hidden_layers` the layers whose states the rows hold."""
     held_out: str | None = None
-    """Prompts for validation, same formats (of `offline`: one file); never trained on. None: no validation."""
+    """For validation, never trained on: prompts in the formats of `prompts`, answered by the teacher like those; without
+    `prompts` one file in the formats of `offline`. None: no validation."""
     max_held_out: int = Field(default=256, ge=1)
     """At most this many held-out prompts are used for validation while training."""
     completions: Literal["teacher", "recorded"] = "teacher"
@@ -62,24 +64,34 @@ class DataConfig(Section):
     max_rejected_fraction: Fraction = 0.01
     """The run fails when a larger share of the rows is unusable; each is kept in rejected.jsonl with its reason."""
     shuffle: bool = True
-    """Draw a new order of the prompts for every epoch (from run.seed)."""
+    """Draw a new order of prompts and offline rows for every epoch (from run.seed)."""
     fixed_order: bool = False
     """Deliver examples in exactly that order, whichever teacher is done first. Slower; for reproducible runs."""
     max_lead_tokens: int = Field(default=1_000_000, ge=1)
-    """How far the teachers may run ahead of the trainer, in completion tokens."""
+    """How far the teachers may run ahead of the trainer, in completion tokens; so may the reading of offline files."""
     num_extractors: int = Field(default=1, ge=1)
-    """Actors that turn teacher output into examples."""
+    """Actors that turn teacher output into examples, and as many that read offline files."""
     extractor_cpus: float = Field(default=0.25, gt=0)
-    """Logical CPUs of one extractor actor."""
+    """Logical CPUs of one of these actors."""
     teacher_cache: str | None = None
     """Folder where the teacher's output is kept and looked up (matched by prompt and teacher fingerprint), so that later
     epochs and runs cost no teacher time. None: `teacher_cache/` in the run folder."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if bool(self.prompts) == bool(self.offline):
-            found = "both" if self.prompts else "neither"
-            raise ValueError(f"data.prompts and data.offline: found {found}, expected one of the two")
+        if not self.prompts and not self.offline:
+            raise ValueError("data.prompts and data.offline: found neither, expected one of the two or both")
+        of_prompts = {
+            "completions=recorded": self.completions == "recorded",
+            "on_long_prompt=truncate_left": self.on_long_prompt == "truncate_left",
+            f"teacher_cache={self.teacher_cache}": self.teacher_cache is not None,
+        }
+        for name, is_set in of_prompts.items():
+            if is_set and not self.prompts:
+                raise ValueError(
+                    f"data.{name} without data.prompts: it has no effect on data.offline, whose rows hold their responses; "
+                    "leave it out, or name prompts"
+                )
         return self
 
 
@@ -93,9 +105,20 @@ class StudentConfig(Section):
     layers: tuple[int, ...] | None = None
     """Keep only these decoder layers of `model`, in this order: a student cut out of a larger model, such as the teacher."""
     tokenizer: str | None = None
-    """Folder of the tokenizer. None: `model`. Must have the teacher's vocabulary."""
+    """Folder of the tokenizer. None: `model`. It must have all tokens of the teacher and split text alike; it may have more
+    special tokens, and other ids."""
+    new_tokens: dict[str, str] = Field(default={})
+    """Tokens to add where the tokenizer lacks them, each with a description whose rows its own starts from ("": the mean of
+    all), such as {"<bot>": "start of thought"}. They are special, but for the envelopes of calls (<tool_call>,
+    </tool_call>, <tool_response>, </tool_response>). Texts are split into the teacher's tokens: a new one is learnt where
+    `latent.stages`, or offline rows in the student's ids (raykd/data/offline_files.py), write it."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of transformers."""
+
+    @property
+    def tokenizer_folder(self) -> str:
+        """Folder of the tokenizer, without the new tokens."""
+        return self.tokenizer or self.model
 
 
 class TrainConfig(Section):
@@ -117,7 +140,7 @@ class TrainConfig(Section):
     threads_per_worker: int = Field(default=1, ge=1)
     """torch threads of a worker."""
     sequences_per_step: int = Field(default=32, ge=1)
-    """Sequences of one optimizer step, over all workers and micro-batches."""
+    """Sequences of one optimizer step, over all workers and micro-batches; the two of a pair count as one."""
     max_tokens_per_micro_batch: int = Field(default=16_384, ge=1)
     """Padded tokens of one forward pass; a step is split into as many micro-batches as it takes. No effect on the result."""
     learning_rate: float = Field(default=1e-4, gt=0)
@@ -208,13 +231,14 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        losses = self.loss.weights
-        if self.data.completions == "teacher" and "ce_truth" in losses and not self.data.offline:
+        losses, data = self.loss.weights, self.data
+        sampled_ce = "ce_teacher" in losses and self.loss.ce_teacher_target == "sampled"
+        if "ce_truth" in losses and data.completions == "teacher" and not data.offline:
             raise ValueError(
                 f"loss.ce_truth={losses['ce_truth']} with data.completions=teacher: there is no recorded text to learn; "
                 "set data.completions=recorded or loss.ce_truth=0 (ce_teacher is the loss on the teacher's text)"
             )
-        if self.data.completions == "recorded" and "ce_teacher" in losses and self.loss.ce_teacher_target == "sampled":
+        if sampled_ce and data.completions == "recorded" and not data.offline:
             raise ValueError(
                 f"loss.ce_teacher={losses['ce_teacher']} with data.completions=recorded: the teacher writes nothing; use "
                 "loss.ce_truth, or loss.ce_teacher_target=argmax"
@@ -227,19 +251,18 @@ class Config(Section):
             if needed and not self.teacher.hidden_layers:
                 raise ValueError(
                     f"{name} with teacher.hidden_layers=[]: the loss compares with hidden states that the teacher does not "
-                    "ship; name its layers in teacher.hidden_layers (full needs the last one)"
+                    "ship; name its layers in teacher.hidden_layers (full needs the last one), or those of the offline rows"
                 )
         if "policy_gradient" in losses and not self.rollouts.prompts_per_step:
             raise ValueError(
                 f"loss.policy_gradient={losses['policy_gradient']} with rollouts.prompts_per_step=0: there is nothing to "
                 "reward; set rollouts.prompts_per_step above 0"
             )
-        spelled = "ce_truth" in losses or ("ce_teacher" in losses and self.loss.ce_teacher_target == "sampled")
-        if self.latent.stages and not spelled:
+        if self.latent.stages and not ("ce_truth" in losses or sampled_ce):
             raise ValueError(
                 "latent.stages without a cross-entropy: the teacher has no scores for latent.begin and latent.end, so that "
                 "nothing would teach the student to write them; set loss.ce_teacher (with ce_teacher_target=sampled), or "
-                "loss.ce_truth with data.completions=recorded, above 0"
+                "loss.ce_truth with recorded text, above 0"
             )
         if self.train.sequences_per_step < self.train.num_workers:
             raise ValueError(

@@ -114,7 +114,8 @@ class LossConfig(Section):
     claim_extraction: Weight = 0.0
     """Cross-entropy and divergence once more on the tokens of checkable claims."""
     code_mode_preference: Weight = 0.0
-    """Likelihood of code that calls tools and unlikelihood of direct calls, on samples where code mode pays."""
+    """Likelihood of code that calls tools and unlikelihood of direct calls, on samples where code mode pays; where offline
+    rows have a `rejected_text`, preference of `teacher_text` over it (DPO) against the student as the run began."""
     length_aware: Weight = 0.0
     """EOS where the teacher stopped and, on rollouts, expected length beyond the teacher's."""
     early_tool_call: Weight = 0.0
@@ -201,6 +202,12 @@ class LossConfig(Section):
         """Weights of the losses that are on, by name."""
         return {name: getattr(self, name) for name in LOSSES if getattr(self, name) > 0 or name in self.schedules}
 
+    @property
+    def student_to_teacher(self) -> bool:
+        """Whether kd is KL(student || teacher): infinite where the teacher has no mass."""
+        at_the_end = {"jsd": 1.0, "skewed_reverse_kl": 0.0}.get(self.kd_divergence)
+        return self.kd_divergence == "reverse_kl" or at_the_end == self.kd_beta
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.weights:
@@ -224,10 +231,7 @@ class LossConfig(Section):
                 f"loss.kd_temperature={self.kd_temperature} with loss.kd_support={self.kd_support}: the teacher's mass "
                 "outside its top-k is unknown at a temperature other than 1; use kd_temperature=1, or topk_renorm or full"
             )
-        student_to_teacher = self.kd_divergence == "reverse_kl" or (
-            {"jsd": 1.0, "skewed_reverse_kl": 0.0}.get(self.kd_divergence) == self.kd_beta
-        )
-        if student_to_teacher and self.kd_support == "topk_zero":
+        if self.student_to_teacher and self.kd_support == "topk_zero":
             raise ValueError(
                 f"loss.kd_divergence={self.kd_divergence} (kd_beta={self.kd_beta:g}) with loss.kd_support=topk_zero: the "
                 "student has mass where this teacher has none, the divergence is infinite; use kd_support=topk_tail"
@@ -260,7 +264,7 @@ class LatentConfig(Section):
     mode: Literal["mask", "continuous"] = "mask"
     """mask: slots have a learned embedding. continuous: the hidden state before a slot is its input embedding."""
     loops: int = Field(default=1, ge=1)
-    """continuous: forward passes that fill the slots (Hao et al., 2024); at most the slots of a span are of use."""
+    """continuous: forward passes that fill the slots (Hao et al., 2024); at most as many as a span has slots."""
     begin: str = "<bot>"
     """Token that opens a span."""
     end: str = "<eot>"
@@ -274,6 +278,19 @@ class LatentConfig(Section):
         known = [until for until in untils if until is not None]
         if known != sorted(set(known)) or None in untils[:-1]:
             raise ValueError(f"latent.stages end at steps {untils}; expected rising until_step, null at most in the last")
+        num_slots = max((stage.steps * stage.slots for stage in self.stages), default=0)
+        if self.mode == "continuous" and not self.stages:
+            raise ValueError("latent.mode=continuous without latent.stages has no effect: there are no slots; add stages")
+        if self.loops > 1 and self.mode == "mask":
+            raise ValueError(
+                f"latent.loops={self.loops} with latent.mode=mask has no effect: no pass fills the slots; use "
+                "mode=continuous"
+            )
+        if self.loops > max(num_slots, 1):
+            raise ValueError(
+                f"latent.loops={self.loops} with spans of at most {num_slots} slots (steps x slots of latent.stages): "
+                f"passes beyond that change nothing; use latent.loops={num_slots} or fewer"
+            )
         return self
 
 
@@ -322,16 +339,26 @@ class RolloutConfig(Section):
     samples: int = Field(default=4, ge=2)
     """Answers to each; their mean reward without one's own is the baseline."""
     every: int = Field(default=1, ge=1)
-    """Steps between rollouts."""
+    """Steps that train on the same answers: those are sampled in the first of them, and again after a restart."""
     max_tokens: int = Field(default=128, ge=1)
     """Longest answer in tokens."""
     temperature: float = Field(default=1.0, gt=0.0)
     """Sampling temperature."""
     clip: float = Field(default=0.2, gt=0.0)
-    """PPO's clip of the probability ratio, for answers sampled from earlier weights."""
+    """PPO's clip of the probability ratio, where answers are trained on in more than one step (`every`)."""
     caws: Weight = 1.0
     """Weight of the CAWS compliance score in the reward."""
     claims: Weight = 0.0
     """Weight of the claim score against the teacher's text in the reward."""
     length: Weight = 0.0
     """Weight of the penalty for answers longer than the teacher's in the reward."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        default = type(self).model_fields["clip"].default
+        if self.every == 1 and self.clip != default:
+            raise ValueError(
+                f"rollouts.clip={self.clip:g} with rollouts.every=1 has no effect: answers are always fresh and no ratio is "
+                f"clipped; set rollouts.every above 1, or leave the clip at {default:g}"
+            )
+        return self

@@ -1,6 +1,6 @@
 """Distil a student from a live teacher: `python -m raykd.train --config a.yaml b.yaml key=value … [--plan] [--resume]`.
 
-In:  the config, prompts, and the folders of teacher and student that it names.
+In:  the config, and the prompts, offline files and folders of teacher and student that it names.
 Out: `<run.dir>/<run.name>/` with checkpoints, metrics and the teacher's cached output.
 
 --plan prints what would run and starts nothing. --resume goes on from the newest checkpoint of the run.
@@ -20,11 +20,13 @@ import ray
 
 from raykd.cli import connect_ray, exit_code, open_run, parse, start_ray
 from raykd.config import Config
+from raykd.data.offline_stream import prepare_offline
 from raykd.data.sources import prepare_prompts
 from raykd.tracing import ProgressDisplay, quiet_ray
-from raykd.training.checkpoint import CheckpointError, latest_checkpoint, read_state, verify
-from raykd.training.distributed import STOP_FILE, train_epoch
+from raykd.training.checkpoint import STUDENT, CheckpointError, latest_checkpoint, read_state, verify
+from raykd.training.distributed import STOP_FILE, RunRows, train_epoch
 from raykd.training.preflight import Plan, check, check_resources, num_steps, print_summary
+from teacher_serving.identity import vocabulary_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = check(config)
     if args.plan:
         cluster = ray.cluster_resources() if connect_ray(config) else None
-        print_summary(config, plan, num_prompts=None, cluster=cluster)
+        print_summary(config, plan, numbers=None, cluster=cluster)
         if cluster is not None:
             check_resources(config, cluster)
         return 0
@@ -46,13 +48,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     start_ray(config)
     cluster = ray.cluster_resources()
     check_resources(config, cluster)
-    prompts = prepare_prompts(config, run_folder)
-    steps = num_steps(config, prompts.num_train)
-    print_summary(config, plan, num_prompts=prompts.num_train, cluster=cluster)
+    rows = RunRows(
+        prompts=prepare_prompts(config, run_folder) if config.data.prompts else None,
+        offline=prepare_offline(config, run_folder) if config.data.offline else None,
+    )
+    steps = num_steps(config, sum(rows.numbers.values()))
+    print_summary(config, plan, numbers=rows.numbers, cluster=cluster)
 
     with _stop_on_signals(run_folder) as received, _progress(config, run_folder, steps):
         for epoch in range(first_epoch, config.train.epochs):
-            result = train_epoch(config, run_folder, prompts, epoch=epoch, num_steps=steps, teacher=plan.teacher)
+            result = train_epoch(config, run_folder, rows, epoch=epoch, num_steps=steps, teacher=plan.teacher)
             if result.stopped or result.step == config.train.max_steps:
                 break
 
@@ -76,6 +81,11 @@ def _check_checkpoint(run_folder: Path, plan: Plan) -> int:
         raise CheckpointError(
             f"{checkpoint} was trained on teacher {state['teacher']['teacher_id']} with fingerprint {found}, now it is "
             f"{now}: its files or its settings have changed; bring them back or start another run.name"
+        )
+    if (found := vocabulary_fingerprint(checkpoint / STUDENT)) != plan.student_vocabulary:
+        raise CheckpointError(
+            f"{checkpoint} has a student with vocabulary {found}, the config's tokenizer has {plan.student_vocabulary}: the "
+            "files of student.tokenizer or student.model have changed; bring them back or start another run.name"
         )
     return state["epoch"]
 

@@ -63,6 +63,14 @@ def test_the_resolved_config_is_itself_a_valid_config(tmp_path: Path, minimal: s
         ("loss={kd_divergence: reverse_kl, kd_support: topk_zero}", ["reverse_kl", "topk_zero", "infinite"]),
         ("loss.kd_support=full", ["loss.kd_support=full", "teacher.hidden_layers=[]"]),
         ("loss.intermediate_layer=0.5", ["loss.intermediate_layer=0.5", "teacher.hidden_layers=[]"]),
+        ("latent.mode=continuous", ["latent.mode=continuous", "no effect", "latent.stages"]),
+        ("latent.loops=2", ["latent.loops=2", "latent.mode=mask", "no effect"]),
+        (
+            "latent={mode: continuous, loops: 7, stages: [{until_step: 3, steps: 1, slots: 5, probability: 1}, "
+            "{steps: 2, slots: 3, probability: 1}]}",
+            ["latent.loops=7", "at most 6 slots", "latent.loops=6"],
+        ),
+        ("rollouts.clip=0.3", ["rollouts.clip=0.3", "rollouts.every=1", "has no effect"]),
         ("train.num_workers=64", ["train.sequences_per_step=32", "train.num_workers=64"]),
         ("teacher.kind=oracle", ["teacher", "oracle"]),
     ],
@@ -70,6 +78,47 @@ def test_the_resolved_config_is_itself_a_valid_config(tmp_path: Path, minimal: s
 def test_a_bad_option_is_named_with_its_value_and_the_way_out(minimal: str, override: str, words: list[str]):
     with pytest.raises(ConfigError) as error:
         load_config([minimal], [override])
+    for word in words:
+        assert word in str(error.value)
+
+
+OFFLINE = "data.offline=[{path: rows.jsonl, weight: 2}]"
+ALONE = [OFFLINE, "data.prompts=null"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [OFFLINE],
+        [OFFLINE, "loss.ce_truth=1"],
+        [OFFLINE, "loss.ce_teacher=1", "data.completions=recorded"],
+        [OFFLINE, "data.completions=recorded", "data.on_long_prompt=truncate_left", "data.teacher_cache=cache"],
+        [*ALONE, "loss={ce_truth: 1, ce_teacher: 1}"],
+        [*ALONE, "loss.kd_support=full", "teacher.hidden_layers=[1]"],
+    ],
+)
+def test_prompts_offline_files_and_both_together_serve_the_losses_that_their_rows_may_have(
+    minimal: str, overrides: list[str]
+):
+    config = load_config([minimal], overrides)
+    assert config.data.offline[0].weight == 2
+    assert config.data.prompts == (None if overrides[:2] == ALONE else "prompts.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.prompts=null"], ["data.prompts and data.offline: found neither"]),
+        ([*ALONE, "data.completions=recorded"], ["data.completions=recorded without data.prompts", "no effect"]),
+        ([*ALONE, "data.on_long_prompt=truncate_left"], ["data.on_long_prompt=truncate_left without data.prompts"]),
+        ([*ALONE, "data.teacher_cache=cache"], ["data.teacher_cache=cache without data.prompts"]),
+        ([*ALONE, "loss.intermediate_layer=1"], ["loss.intermediate_layer=1", "or those of the offline rows"]),
+        (["data.offline=[{path: a, weight: 0}]"], ["data.offline.0.weight", "greater than 0"]),
+    ],
+)
+def test_what_offline_files_cannot_serve_is_named(minimal: str, overrides: list[str], words: list[str]):
+    with pytest.raises(ConfigError) as error:
+        load_config([minimal], overrides)
     for word in words:
         assert word in str(error.value)
 
@@ -97,7 +146,9 @@ def test_a_section_written_twice_is_refused(tmp_path: Path, minimal: str):
 
 def test_relative_paths_that_exist_become_absolute(tmp_path: Path, minimal: str, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "prompts.jsonl").touch()
+    (tmp_path / "rows.jsonl").touch()
     monkeypatch.chdir(tmp_path)
+    assert load_config([minimal], [OFFLINE]).data.offline[0].path == str(tmp_path / "rows.jsonl")
     assert load_config([minimal]).data.prompts == str(tmp_path / "prompts.jsonl")
     assert load_config([minimal]).student.model == "student"  # not a folder here: a name is left as it is
 

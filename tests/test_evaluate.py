@@ -11,6 +11,7 @@ from raykd.evaluation.report import write_report
 from raykd.evaluation.results import load_completions, load_results
 from raykd.evaluation.runner import evaluate
 from tests.conftest import save_tiny_model
+from tests.moved_ids import save_moved
 
 
 @pytest.fixture
@@ -72,6 +73,31 @@ def test_every_model_is_judged_on_the_same_prompts_through_the_engine(
     assert write_report(tmp_path / "runs" / "judged", 3).is_file()
 
 
+@pytest.mark.ray
+def test_a_student_under_other_ids_is_asked_and_judged_in_its_own(tmp_path, settings, tiny_model_path, ray_cluster):
+    """It is the teacher itself, its ids shuffled; the untrained student has more tokens than the teacher."""
+    settings["teacher"] = {
+        "kind": "hf",
+        "model": str(tiny_model_path),
+        "dtype": "float32",
+        "top_k": 32,
+        "max_model_len": 1024,
+        "device": "cpu",
+        "sampling": {"stop_token_ids": list(range(0, 1000, 9))},  # a random model never writes its real end token
+    }
+    settings["student"]["new_tokens"] = {"<bot>": "start of thought"}
+    settings["evaluate"]["max_prompts"] = 3
+    save_moved(tmp_path / "moved", tiny_model_path, extra=())
+    results = evaluate(Config.model_validate(settings), {"student": tmp_path / "moved"}, tmp_path / "report")
+    metrics = results.models["student"].metrics
+    assert metrics["kl"].value == pytest.approx(0.0, abs=1e-3)
+    assert metrics["perplexity"].value == pytest.approx(results.models["teacher"].metrics["perplexity"].value, rel=1e-3)
+    assert results.models["untrained"].metrics["kl"].value > 0.1
+    rows = load_completions(tmp_path / "report")
+    assert all(row["completions"]["teacher"] == row["completions"]["student"] for row in rows)
+    assert any(row["completions"]["teacher"] != row["completions"]["untrained"] for row in rows)
+
+
 def test_a_run_without_a_checkpoint_is_refused_before_anything_starts(tmp_path, settings):
     with pytest.raises(ValueError, match="found no checkpoint"):
         main(command_line(tmp_path, settings))
@@ -88,9 +114,9 @@ def test_a_model_that_is_not_there_is_refused_before_anything_starts(tmp_path, s
 def test_a_model_with_another_vocabulary_is_refused(tmp_path, settings, demo_tokenizer):
     path = save_tiny_model(tmp_path / "other", demo_tokenizer, seed=0)
     tokenizer = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
-    tokenizer["added_tokens"][0]["special"] = not tokenizer["added_tokens"][0]["special"]
+    tokenizer["added_tokens"][-1]["special"] = not tokenizer["added_tokens"][-1]["special"]
     (path / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-    with pytest.raises(ValueError, match="another vocabulary"):
+    with pytest.raises(ValueError, match="different vocabularies"):
         evaluate(Config.model_validate(settings), {"student": path}, tmp_path)
 
 

@@ -26,6 +26,7 @@ from tests.conftest import save_tiny_model
 
 NUM_PROMPTS = 32
 NUM_HELD_OUT = 4
+NUM_OFFLINE = 16
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +36,9 @@ def config_file(tmp_path_factory, demo_tokenizer, tiny_model_path) -> Path:
     save_tiny_model(folder / "student", demo_tokenizer, seed=1, num_layers=1)
     for name, count in (("prompts", NUM_PROMPTS), ("held_out", NUM_HELD_OUT)):
         rows = [json.dumps({"prompt": f"{name}: what is {i} times {i + 3}?"}) + "\n" for i in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(rows))
+    for name, count in (("offline", NUM_OFFLINE), ("offline_held_out", NUM_HELD_OUT)):
+        rows = [json.dumps({"prompt": f"{name}: {i} plus 3 is ", "teacher_text": f"{i + 3}."}) + "\n" for i in range(count)]
         (folder / f"{name}.jsonl").write_text("".join(rows))
     config = {
         "run": {"dir": str(folder / "runs")},
@@ -221,6 +225,80 @@ def test_a_damaged_checkpoint_is_refused_before_anything_starts(config_file, und
     assert exit_code(lambda: main(command)) == 1
     assert "has 1000 bytes" in (error := capsys.readouterr().err)
     assert "the one before is" in error
+
+
+def offline(config_file: Path, *, weight: float = 1.0) -> str:
+    return f"data.offline=[{{path: {config_file.parent / 'offline.jsonl'}, weight: {weight}}}]"
+
+
+@pytest.mark.ray
+def test_with_offline_files_alone_there_is_no_teacher(config_file, ray_cluster):
+    data = ["data.prompts=null", f"data.held_out={config_file.parent / 'offline_held_out.jsonl'}"]
+    no_room = "teacher.num_cpus=64"  # in a cluster of 8
+    command = ["--config", str(config_file), "run.name=offline", *data, offline(config_file, weight=1.5), no_room]
+    assert main(command) == 0
+    run = folder_of(config_file, "offline")
+    assert len(np.unique(read_ledger(newest(run)))) == len(read_ledger(newest(run))) == 1.5 * NUM_OFFLINE
+    entries = read_metrics(run / "metrics.jsonl")
+    assert [entry["step"] for entry in entries] == [1, 2, 3, 4, 5, 6]
+    assert all(entry["loss/ce_teacher"] > 0 for entry in entries)
+    assert [entry["step"] for entry in entries if "validation/loss/total" in entry] == [4, 6]
+    assert not (run / "teacher_cache").exists()
+    assert not (run / "prompts").exists()
+
+
+@pytest.fixture(scope="session")
+def undisturbed_mixture(config_file, ray_cluster) -> Path:
+    """The folder of a run on prompts and offline rows, two to one, in which nothing died.
+
+    Of the CPUs that the worker leaves, each of the two datasets is given half: less than the teacher's.
+    """
+    options = ["run.name=mixture", offline(config_file), "train.sequences_per_step=6", "teacher.num_cpus=4"]
+    assert main(["--config", str(config_file), *options]) == 0
+    return folder_of(config_file, "mixture")
+
+
+@pytest.mark.ray
+def test_a_mixture_trains_on_all_rows_of_both_and_every_step_on_some_of_each(config_file, undisturbed_mixture):
+    steps = [path.name for path in list_checkpoints(undisturbed_mixture)]
+    assert steps == ["checkpoint-6", "checkpoint-8"]
+    for path, step in zip(list_checkpoints(undisturbed_mixture), (6, 8), strict=True):
+        ledger = read_ledger(path)
+        of_prompts = np.isin(ledger, train_uids(undisturbed_mixture))
+        assert (int(of_prompts.sum()), int((~of_prompts).sum())) == (4 * step, 2 * step)
+    assert len(np.unique(ledger)) == NUM_PROMPTS + NUM_OFFLINE
+    entries = read_metrics(undisturbed_mixture / "metrics.jsonl")
+    assert all(entry["speed/teacher_tokens_per_s"] > 0 for entry in entries)
+    assert [entry["step"] for entry in entries if "validation/teacher_kl" in entry] == [4, 8]
+
+
+@pytest.mark.ray
+def test_a_mixture_goes_on_after_its_driver_was_killed_and_after_a_worker_died(
+    config_file, undisturbed_mixture, monkeypatch, tmp_path
+):
+    options = ["run.name=mixture_died", offline(config_file), "train.sequences_per_step=6", "teacher.num_cpus=4"]
+    run = folder_of(config_file, "mixture_died")
+    driver = start_driver(config_file, *options, fault="worker:wait@step=5")
+    wait_for_step(run, 4, driver)
+    driver.kill()
+    driver.wait()
+    monkeypatch.setenv("RAYKD_FAULT", f"worker:exit@step=8;once={tmp_path / 'struck'}")
+    assert main(["--config", str(config_file), *options, "--resume"]) == 0
+    assert (tmp_path / "struck").exists()
+    assert np.array_equal(read_ledger(newest(run)), read_ledger(newest(undisturbed_mixture)))
+    assert losses(run) == pytest.approx(losses(undisturbed_mixture), rel=1e-3)
+    weights = [load_file(newest(folder) / "student" / "model.safetensors") for folder in (run, undisturbed_mixture)]
+    assert max((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0]) < 1e-4
+
+
+@pytest.mark.ray
+def test_two_workers_and_two_epochs_of_a_mixture_drop_and_repeat_nothing(config_file, ray_cluster):
+    options = ["train.num_workers=2", "train.epochs=2", "train.sequences_per_step=5", offline(config_file, weight=0.5)]
+    assert main(["--config", str(config_file), "run.name=two_mixed", *options]) == 0
+    run = folder_of(config_file, "two_mixed")
+    ledger = read_ledger(newest(run))
+    assert len(np.unique(ledger)) == len(ledger) == 2 * (NUM_PROMPTS + NUM_OFFLINE // 2)
+    assert np.isin(train_uids(run), ledger).all()
 
 
 def test_plan_starts_nothing(config_file, capsys):

@@ -1,6 +1,6 @@
 """An epoch of offline data as a Ray dataset: what `stream.py` is for prompts, without a teacher.
 
-In:  data.offline (files and weights), data.held_out; the epoch; the uids that were trained already.
+In:  data.offline (files and weights), without prompts data.held_out; the epoch; the uids that were trained already.
 Out: a ray.data.Dataset of EXAMPLE_SCHEMA blocks, held-out rows first.
 
 The files are indexed once per run, in Ray tasks, and read where they are; the driver handles descriptors only.
@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,21 +21,29 @@ import pyarrow.parquet as pq
 import ray
 from ray.data import ActorPoolStrategy, Dataset
 from ray.exceptions import RayTaskError
+from transformers import PreTrainedTokenizerBase
 
 from raykd.config import Config
+from raykd.data.curriculum import Curriculum
 from raykd.data.dataset import OfflineIndex, epoch_order, join_indexes
 from raykd.data.examples import Wanted, build_examples, examples_to_table
 from raykd.data.offline_files import FileIndex, index_file, read_examples
 from raykd.data.offline_rows import RowReader
+from raykd.data.pairs import numbered
 from raykd.data.prompt_rows import load_tokenizer, write_table
 from raykd.data.readers import DataError
-from raykd.data.sources import REJECTED_FILE
-from raykd.data.stream import Rejects, set_data_context
+from raykd.data.sources import REJECTED_FILE, RowCounts
+from raykd.data.stream import Rejects, planned_steps, set_data_context
+from raykd.data.uids import epoch_uid
 from raykd.types import EXAMPLE_SCHEMA, Example
-from teacher_serving.identity import describe, vocabulary_fingerprint
+from raykd.vocabulary import backend_of, compare_vocabularies, remap_ids, student_tokenizer
+from teacher_serving.identity import describe, read_text_config, vocabulary_fingerprint
 
 BLOCK_ROWS = 32
 """Rows of a block, and of a task of the reader."""
+BESIDE_PROMPTS = 2**40
+"""Pass that gives rows beside prompts their uids: a file may hold the answers to these very prompts, under their uids."""
+_NO_STATES = np.empty((0, 0, 0), np.float16)
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,10 @@ class OfflineSet:
     num_rows: int  # usable ones of all files
     fingerprint: str  # of what the files hold and their weights
 
+    @property
+    def counts(self) -> RowCounts:
+        return RowCounts(self.num_train, self.num_rows + self.num_rejected, self.num_rejected)
+
     def index(self) -> tuple[OfflineIndex, np.ndarray]:
         """The index, and which of its files are held out (bool [files])."""
         files = json.loads((Path(self.folder) / "files.json").read_text())
@@ -59,29 +70,40 @@ class OfflineSet:
         for number, entry in enumerate(files):
             own = rows.filter(pa.array(file == number))
             position, line, uid = (own[name].to_numpy() for name in ("position", "line", "uid"))
-            facts = (entry["path"], entry["kind"], position, line, uid, [], entry["fingerprint"], {})
+            header = {"vocabulary_fingerprint": entry["vocabulary"]}
+            facts = (entry["path"], entry["kind"], position, line, uid, [], entry["fingerprint"], header)
             indexes.append(FileIndex(*facts))
         index = join_indexes(indexes, [entry["weight"] for entry in files])
         return index, np.array([entry["held_out"] for entry in files])
 
 
+def offline_files(config: Config) -> list[tuple[str, float, bool]]:
+    """Path, weight and whether it is held out, of the offline files of a run. Raises DataError where one is not there."""
+    data = config.data
+    held_out = [(data.held_out, 1.0, True)] if data.held_out and not data.prompts else []
+    files = held_out + [(file.path, file.weight, False) for file in data.offline]
+    for path, _, is_held_out in files:
+        if not Path(path).is_file():
+            option = "data.held_out (without data.prompts)" if is_held_out else "data.offline"
+            raise DataError(f"{option}: no file {path!r}; expected a JSONL or Parquet file")
+    return [(str(Path(path).resolve()), weight, is_held_out) for path, weight, is_held_out in files]
+
+
 def prepare_offline(config: Config, run_folder: str | Path) -> OfflineSet:
-    """Index the offline files of a run, or find them indexed. Needs a Ray cluster.
+    """Index the offline files of a run, or find them indexed. Needs a Ray cluster; prompts are to be prepared before.
 
     Raises DataError where a file cannot be read, where too large a share of rows is unusable, and where the files are not
     those that this run began with.
     """
     folder = Path(run_folder) / "offline"
-    held_out = [(config.data.held_out, 1.0, True)] if config.data.held_out else []
-    wanted = held_out + [(file.path, file.weight, False) for file in config.data.offline]
+    files = offline_files(config)
+    num_held_out = sum(is_held_out for _, _, is_held_out in files)
     state = folder / "offline_set.json"
-    stats = [[str(Path(path).resolve()), weight, *_stat(path)] for path, weight, _ in wanted]
+    stats = [[path, weight, *_stat(path)] for path, weight, _ in files]
     saved = json.loads(state.read_text()) if state.is_file() else None
     if saved is not None and saved["stats"] == stats:
         return OfflineSet(**saved["offline_set"] | {"folder": str(folder)})
-    index = join_indexes(
-        _index_files([str(Path(path).resolve()) for path, _, _ in wanted], config), [w for _, w, _ in wanted]
-    )
+    index = join_indexes(_index_files([path for path, _, _ in files], config), [weight for _, weight, _ in files])
     if saved is not None and saved["offline_set"]["fingerprint"] != index.fingerprint:
         raise DataError(
             f"data.offline holds other rows than when this run began (fingerprint {index.fingerprint}, then "
@@ -89,13 +111,15 @@ def prepare_offline(config: Config, run_folder: str | Path) -> OfflineSet:
         )
     index.check(config.data.max_rejected_fraction)
     folder.mkdir(parents=True, exist_ok=True)
-    rejects = [json.dumps(reject._asdict(), ensure_ascii=False) + "\n" for reject in index.rejected]
-    _write_text(folder.parent / REJECTED_FILE, "".join(rejects))
-    _write_index(folder, index, [is_held_out for _, _, is_held_out in wanted])
+    if saved is None:  # else they are there
+        rejects = [json.dumps(reject._asdict(), ensure_ascii=False) + "\n" for reject in index.rejected]
+        with open(folder.parent / REJECTED_FILE, "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write("".join(rejects))
+    _write_index(folder, index, [is_held_out for _, _, is_held_out in files])
     offline_set = OfflineSet(
         folder=str(folder),
-        num_train=len(epoch_order(_training(index, len(held_out)), 0, 0)[0]),
-        num_held_out=int((index.file < len(held_out)).sum()),
+        num_train=len(epoch_order(_training(index, num_held_out), 0, 0)[0]),
+        num_held_out=int((index.file < num_held_out).sum()),
         num_rejected=len(index.rejected),
         num_rows=len(index.uid),
         fingerprint=index.fingerprint,
@@ -106,25 +130,29 @@ def prepare_offline(config: Config, run_folder: str | Path) -> OfflineSet:
     return offline_set
 
 
-def offline_dataset(config: Config, offline_set: OfflineSet, epoch: int, consumed_uids: np.ndarray) -> Dataset:
+def offline_dataset(
+    config: Config,
+    offline_set: OfflineSet,
+    epoch: int,
+    consumed_uids: np.ndarray,
+    beside: RowCounts = RowCounts(),  # noqa: B008 (frozen)
+) -> Dataset:
     """The examples of an epoch that are still to be trained, held-out ones first. Lazy: nothing runs before it is read.
 
-    `consumed_uids`: int64, uids of this run's ledger (of any epoch, in any order).
+    `consumed_uids`: int64, uids of this run's ledger (of any epoch, in any order). `beside`: the prompts that the rows are
+    mixed with.
     """
     set_data_context(config)
-    plan = plan_offline_epoch(config, offline_set, epoch, consumed_uids)
+    plan = plan_offline_epoch(config, offline_set, epoch, consumed_uids, beside)
     if not plan.num_rows:
         return ray.data.from_arrow(EXAMPLE_SCHEMA.empty_table())
     blocks = [plan.slice(start, BLOCK_ROWS).combine_chunks() for start in range(0, plan.num_rows, BLOCK_ROWS)]
-    rejects = Rejects(
-        str(Path(offline_set.folder).parent / REJECTED_FILE),
-        offline_set.num_rows + offline_set.num_rejected,
-        offline_set.num_rejected,
-        config.data.max_rejected_fraction,
-    )
     return ray.data.from_arrow(blocks).map_batches(
         OfflineReader,
-        fn_constructor_kwargs={"config": config, "rejects": rejects},
+        fn_constructor_kwargs={
+            "config": config,
+            "rejects": Rejects.of(offline_set.folder, offline_set.counts + beside, config),
+        },
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=config.data.num_extractors),
@@ -132,17 +160,28 @@ def offline_dataset(config: Config, offline_set: OfflineSet, epoch: int, consume
     )
 
 
-def plan_offline_epoch(config: Config, offline_set: OfflineSet, epoch: int, consumed_uids: np.ndarray) -> pa.Table:
-    """Descriptors (file, kind, position, key, uid, epoch_uid, held_out): held-out rows first, then the epoch's order.
+def plan_offline_epoch(
+    config: Config,
+    offline_set: OfflineSet,
+    epoch: int,
+    consumed_uids: np.ndarray,
+    beside: RowCounts = RowCounts(),  # noqa: B008 (frozen)
+) -> pa.Table:
+    """Descriptors (file, kind, vocabulary, position, key, uid, epoch_uid, step, held_out): held-out rows first, then the
+    epoch's order.
 
-    Without what is consumed; empty if nothing is left. The order depends on files, weights, run.seed and epoch alone.
+    Without what is consumed; empty if nothing is left. The order depends on files, weights, run.seed and epoch alone. The
+    step is as in DESCRIPTOR_SCHEMA.
     """
     index, held_out = offline_set.index()
+    if config.data.prompts:
+        index = replace(index, uid=epoch_uid(index.uid, BESIDE_PROMPTS))
     num_held_out = int(held_out.sum())
     rows, uids = epoch_order(_training(index, num_held_out), config.run.seed, epoch, shuffle=config.data.shuffle)
+    step = planned_steps(len(rows), len(rows) + beside.num_train, epoch, config.train.sequences_per_step)
     left = ~np.isin(uids, consumed_uids)
     first = int((index.file < num_held_out).sum())  # training rows stand behind the held-out ones
-    rows, uids = rows[left] + first, uids[left]
+    rows, uids, step = rows[left] + first, uids[left], step[left]
     if not len(rows):
         return pa.table({"epoch_uid": pa.array([], pa.int64())})
     validation = np.arange(min(first, config.data.max_held_out))
@@ -154,23 +193,36 @@ def plan_offline_epoch(config: Config, offline_set: OfflineSet, epoch: int, cons
         {
             "file": pa.array([file.path for file in files]),
             "kind": pa.array([file.kind for file in files]),
+            "vocabulary": pa.array([file.vocabulary for file in files], pa.string()),
             "position": pa.array([int(file.position[i]) for file, i in zip(files, place, strict=True)], pa.int64()),
             "key": keys,
             "uid": index.uid[rows],
             "epoch_uid": np.concatenate([index.uid[validation], uids]),
+            "step": np.concatenate([np.full(len(validation), -1), step]),
             "held_out": np.arange(len(rows)) < len(validation),
         }
     )
 
 
 class OfflineReader:
-    """The only stage: descriptors to examples. Books rows that gave none."""
+    """The only stage: descriptors to examples in the student's ids. Books rows that gave none."""
 
     def __init__(self, config: Config, rejects: Rejects) -> None:
-        tokenizer = load_tokenizer(config.teacher.model)
-        build = partial(build_examples, wanted=Wanted.by(config, tokenizer))
+        teacher = load_tokenizer(config.teacher.model)
+        student = student_tokenizer(config.student.tokenizer_folder, config.student.new_tokens)
+        self._match = compare_vocabularies(teacher, student).require()
+        self._curriculum = Curriculum.of(config, student)
+        self._num_layers = len(config.teacher.hidden_layers)
+        self._hidden_size = read_text_config(Path(config.teacher.model))["hidden_size"]
         max_tokens = describe(config.teacher).max_model_len
-        self._reader = RowReader(tokenizer, config.teacher.top_k, max_tokens, build, config.halt)
+        pairs = "code_mode_preference" in config.loss.weights
+
+        def reader(tokenizer: PreTrainedTokenizerBase) -> RowReader:
+            build = partial(build_examples, wanted=Wanted.by(config, tokenizer))
+            return RowReader(tokenizer, config.teacher.top_k, max_tokens, build, config.halt, pairs)
+
+        self._teachers = reader(teacher)
+        self._students = {} if self._match.kind == "identical" else {_fingerprint(student): reader(student)}
         self._rejects = rejects
 
     def __call__(self, rows: pa.Table) -> pa.Table:
@@ -179,20 +231,49 @@ class OfflineReader:
         paths = np.array(rows["file"].to_pylist(), object)
         positions = rows["position"].to_numpy()
         kinds, uids, held_out = (rows[name].to_pylist() for name in ("kind", "epoch_uid", "held_out"))
-        results: dict[int, Example | str] = {}
+        vocabularies = rows["vocabulary"].to_pylist()
+        results: dict[int, tuple[Example, ...] | str] = {}
         for path in dict.fromkeys(paths):
             own = np.flatnonzero(paths == path)
-            results |= dict(zip(own.tolist(), read_examples(path, kinds[own[0]], positions[own], self._reader), strict=True))
-        found = [(i, result) for i, result in results.items() if isinstance(result, Example)]
-        examples = [replace(e, uid=uids[i], held_out=held_out[i] or e.held_out) for i, e in sorted(found, key=_place)]
+            reader = self._students.get(vocabularies[own[0]], self._teachers)
+            results |= dict(zip(own.tolist(), read_examples(path, kinds[own[0]], positions[own], reader), strict=True))
+        results = {i: result if isinstance(result, str) else self._with_states(result) for i, result in results.items()}
+        found = [(i, result) for i, result in sorted(results.items()) if not isinstance(result, str)]
+        examples = [example for i, made in found for example in numbered(made, uids[i], held_out=held_out[i])]
         problems = {i: result for i, result in results.items() if isinstance(result, str)}
         refused = rows["uid"].take(pa.array(list(problems), pa.int64())).to_pylist()
         self._rejects.add(rows, refused, list(problems.values()))
-        return examples_to_table(examples)
+        in_student_ids = np.array([vocabularies[i] in self._students for i, made in found for _ in made], bool)
+        table = self._carried_over(examples_to_table(examples), in_student_ids)
+        if self._curriculum is None:
+            return table
+        step = rows["step"].to_pylist()
+        return self._curriculum.apply(table, [step[i] for i, made in found for _ in made])
 
+    def _carried_over(self, table: pa.Table, in_student_ids: np.ndarray) -> pa.Table:
+        """The rows in order, those in the teacher's ids carried over to the student's."""
+        if self._match.kind == "identical":
+            return table
+        order = np.argsort(in_student_ids, kind="stable")  # the teacher's first
+        ordered = table.take(pa.array(order))
+        num_teachers = int((~in_student_ids).sum())
+        parts = [remap_ids(ordered.slice(0, num_teachers).combine_chunks(), self._match), ordered.slice(num_teachers)]
+        return pa.concat_tables(parts).take(pa.array(np.argsort(order))).combine_chunks()
 
-def _place(entry: tuple[int, Any]) -> int:
-    return entry[0]
+    def _with_states(self, examples: tuple[Example, ...]) -> tuple[Example, ...] | str:
+        """The examples of a row, with teacher states if the run has any; or why those of the row are of no use to it."""
+        if not self._num_layers:
+            return tuple(replace(example, teacher_hidden=_NO_STATES) for example in examples)
+        wrong = [e.teacher_hidden.shape for e in examples if e.num_teacher_layers and not self._are_states(e)]
+        if not wrong:
+            return examples
+        return (
+            f"its teacher states are of {wrong[0][0]} layers of width {wrong[0][2]}, expected {self._num_layers} layers "
+            f"(teacher.hidden_layers) of width {self._hidden_size}; write them anew, or leave them out"
+        )
+
+    def _are_states(self, example: Example) -> bool:
+        return (len(example.teacher_hidden), example.teacher_hidden.shape[2]) == (self._num_layers, self._hidden_size)
 
 
 def _training(index: OfflineIndex, num_held_out: int) -> OfflineIndex:
@@ -209,21 +290,24 @@ def _training(index: OfflineIndex, num_held_out: int) -> OfflineIndex:
 
 
 def _index_files(paths: Sequence[str], config: Config) -> list[FileIndex]:
-    fingerprint = vocabulary_fingerprint(config.teacher.model)
+    student = student_tokenizer(config.student.tokenizer_folder, config.student.new_tokens)
+    vocabularies = vocabulary_fingerprint(config.teacher.model), _fingerprint(student)
     task = ray.remote(num_cpus=1, max_retries=3)(_index_file)
     try:
-        return ray.get([task.remote(path, fingerprint) for path in paths])
+        return ray.get([task.remote(path, vocabularies) for path in paths])
     except RayTaskError as error:
         raise (error.cause if isinstance(error.cause, DataError) else error) from None
 
 
-def _index_file(path: str, fingerprint: str) -> FileIndex:
-    return index_file(path, fingerprint)
+def _index_file(path: str, vocabularies: Sequence[str]) -> FileIndex:
+    return index_file(path, *vocabularies)
+
+
+def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    return vocabulary_fingerprint(backend_of(tokenizer))
 
 
 def _stat(path: str) -> tuple[int, int]:
-    if not Path(path).is_file():
-        raise DataError(f"data.offline: no file {path!r}; expected a JSONL or Parquet file")
     stat = Path(path).stat()
     return stat.st_size, stat.st_mtime_ns
 
@@ -231,7 +315,14 @@ def _stat(path: str) -> tuple[int, int]:
 def _write_index(folder: Path, index: OfflineIndex, held_out: Sequence[bool]) -> None:
     facts = zip(index.files, index.weights, held_out, strict=True)
     files = [
-        {"path": f.path, "kind": f.kind, "fingerprint": f.fingerprint, "weight": weight, "held_out": held}
+        {
+            "path": f.path,
+            "kind": f.kind,
+            "vocabulary": f.vocabulary,
+            "fingerprint": f.fingerprint,
+            "weight": weight,
+            "held_out": held,
+        }
         for f, weight, held in facts
     ]
     _write_text(folder / "files.json", json.dumps(files, indent=1))

@@ -1,9 +1,9 @@
-"""Offline data on its way to JSONL: rows of the teacher's output, and spans for rows that lack them.
+"""Offline data on its way to a file: rows of the teacher's output, and spans for rows that lack them.
 
 In:  prompt rows with the teacher's columns (as the stream's first stages make them), or a JSONL file.
-Out: a JSONL file whose first line is a header with the rows' fingerprint.
+Out: a JSONL file whose first line is a header with the rows' fingerprint; or Parquet of the same rows.
 
-A row holds tokens and scores exactly, and the texts beside them for people and for other tokenizers.
+A row holds tokens, scores and hidden states exactly; in JSONL the texts too, for people and for other tokenizers.
 """
 
 from __future__ import annotations
@@ -18,18 +18,54 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from raykd.data.conversation import RowError
 from raykd.data.detokenize import decode_tokens
+from raykd.data.examples import known_ids, padding_to_tail
 from raykd.data.integration import ResultIndex
 from raykd.data.offline_fields import gather_fields, read_text
 from raykd.data.offline_files import index_file
 from raykd.data.offline_rows import read_context
+from raykd.data.offline_tokens import is_recorded
 from raykd.data.process_targets import find_turn_spans
+from raykd.data.prompt_rows import PROMPT_ROW_SCHEMA, ROW_GROUP_ROWS
 from raykd.data.readers import parse_line
+from teacher_serving.types import TEACHER_OUTPUT_SCHEMA
 
 FORMAT = "raykd offline 1"
 _UNKNOWN = "0" * 64
+
+
+class ParquetWriter:
+    """Writes prompt rows with the teacher's columns; the file appears when the block is left without an error."""
+
+    def __init__(self, path: str | Path, header: Mapping[str, str]):
+        """`header`: what stands in the metadata of the schema."""
+        self._path = Path(path)
+        self._temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
+        names = ("uid", "key", "messages_json", "tools_json", "response_mask")
+        fields = [PROMPT_ROW_SCHEMA.field(name) for name in names]
+        fields += [field for field in TEACHER_OUTPUT_SCHEMA if field.name != "uid"]
+        self._schema = pa.schema(fields, metadata=dict(header))
+        self.num_rows = 0
+
+    def __enter__(self) -> Self:
+        self._temporary.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = pq.ParquetWriter(self._temporary, self._schema, compression="zstd")
+        return self
+
+    def write(self, rows: pa.Table) -> None:
+        """Rows in their order; other columns are left out."""
+        self._stream.write_table(rows.select(self._schema.names).cast(self._schema), row_group_size=ROW_GROUP_ROWS)
+        self.num_rows += rows.num_rows
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stream.close()
+        if kind is None:
+            os.replace(self._temporary, self._path)
+        else:
+            self._temporary.unlink()
 
 
 class JsonlWriter:
@@ -71,7 +107,11 @@ class JsonlWriter:
 
 
 def offline_rows(rows: pa.Table, tokenizer: Any) -> Iterator[dict[str, Any]]:
-    """Rows of PROMPT_ROW_SCHEMA with the columns of TEACHER_OUTPUT_SCHEMA as rows of the JSONL form."""
+    """Rows of PROMPT_ROW_SCHEMA with the columns of TEACHER_OUTPUT_SCHEMA as rows of the JSONL form.
+
+    The teacher's mass on ids that are no tokens is in the tail, as in examples: whoever reads the file may refuse such ids.
+    """
+    is_token = known_ids(tokenizer, len(tokenizer))
     for row in rows.to_pylist():
         output_ids = np.array(row["output_ids"], np.int32)
         offline = {
@@ -86,14 +126,25 @@ def offline_rows(rows: pa.Table, tokenizer: Any) -> Iterator[dict[str, Any]]:
         if row["response_mask"] is not None:
             offline["response_mask"] = [int(written) for written in row["response_mask"]]
         if row["top_k"]:
-            offline |= {name: row[name] for name in ("top_k", "topk_ids")}
-            offline |= {name: _without_infinity(row[name]) for name in ("topk_logprobs", "log_tail")}
+            scores = (
+                np.array(row["topk_ids"]),
+                np.array(row["topk_logprobs"], np.float16),
+                np.array(row["log_tail"], np.float32),
+            )
+            topk_ids, topk_logprobs, log_tail = padding_to_tail(*scores, is_token)
+            offline |= {"top_k": row["top_k"], "topk_ids": topk_ids.tolist()}
+            offline |= {"topk_logprobs": _without_infinity(topk_logprobs), "log_tail": _without_infinity(log_tail)}
+        if num_layers := row.get("num_hidden_layers_shipped"):
+            num_tokens = len(row["prompt_ids"]) + len(row["output_ids"])
+            states = np.array(row["hidden_states"], np.float64).reshape(num_layers, num_tokens, -1).astype(object)
+            states[states != states] = None  # NaN: no state there
+            offline["teacher_hidden_states"] = states.tolist()
         yield offline
 
 
-def _without_infinity(values: list[Any]) -> list[float | None]:
+def _without_infinity(values: np.ndarray) -> list[float | None]:
     """JSON has no infinity: null stands for it."""
-    return [None if value == -np.inf else float(value) for value in values]
+    return [None if value == -np.inf else value for value in values.tolist()]
 
 
 class AddedTargets(NamedTuple):
@@ -137,7 +188,7 @@ def _spans_for(row: Mapping[str, Any]) -> dict[str, Any] | None:
     fields = gather_fields(row)
     if "spans" in fields:
         return None
-    if "response_mask" in fields:
+    if is_recorded(fields):
         raise RowError("a recorded conversation: its turns are searched when it is read")
     text = read_text(fields.get("teacher_text"), "teacher_text")
     messages, tools = read_context(fields)

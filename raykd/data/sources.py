@@ -15,7 +15,7 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,18 @@ REJECTED_FILE = "rejected.jsonl"
 
 
 @dataclass(frozen=True)
+class RowCounts:
+    """Rows of the user's files: of prompts, of offline files, or of both. The default: there are none."""
+
+    num_train: int = 0  # to train on in an epoch
+    num_rows: int = 0  # of the files
+    num_rejected: int = 0  # of those, before training began
+
+    def __add__(self, other: RowCounts) -> RowCounts:
+        return RowCounts(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+
+@dataclass(frozen=True)
 class PromptSet:
     """Prepared prompts on disk. Token counts are those of the training prompts."""
 
@@ -62,6 +74,11 @@ class PromptSet:
     num_tokens: int
     mean_prompt_tokens: float
     max_prompt_tokens: int
+
+    @property
+    def counts(self) -> RowCounts:
+        num_rows = self.num_train + self.num_held_out + self.num_rejected + self.num_contaminated
+        return RowCounts(self.num_train, num_rows, self.num_rejected)
 
     def index(self) -> pa.Table:
         """One row per usable prompt, in the order of the source: file, row, uid, num_tokens, held_out."""

@@ -6,7 +6,7 @@ In:  a `Snapshot` of the run. Out: `<run>/checkpoints/checkpoint-<step>/`, and t
     heads.safetensors       heads and projections, which are no part of the folder that is served; only where there are any
     optimizer.safetensors   Adam's moments by parameter name
     rng-<rank>.safetensors  random state of every rank
-    ledger.npy              sorted int64 uids of the sequences that went into optimizer steps since the run began
+    ledger.npy              sorted int64 uids of the rows that went into optimizer steps since the run began
     state.json              step, epoch, counters, number of steps of the schedule, config, identity of the teacher
     manifest.json           size and sha256 of all of these; written last
 

@@ -1,9 +1,10 @@
 """The only glue to Ray Train: one epoch as one `TorchTrainer.fit`, restarted from the newest checkpoint when a worker dies.
 
-In:  Config, the prepared prompts, the run folder. Out: checkpoints and metrics in the run folder; how the epoch ended.
+In:  Config, the prepared rows, the run folder. Out: checkpoints and metrics in the run folder; how the epoch ended.
 
 Our checkpoints are the only truth. Each time Ray Train starts a group of workers, the callable that makes the dataset reads
 the ledger of the newest checkpoint and drops what is in it before the teacher, and the workers load the same checkpoint.
+Prompts and offline rows are two datasets; every worker mixes its shares of them (`feed.mixed`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import ray.train
 import torch
+from ray.train.base_trainer import GenDataset
 from ray.train.torch import TorchTrainer, get_device
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from transformers import PreTrainedTokenizerBase
@@ -32,21 +34,23 @@ from transformers.utils.logging import disable_progress_bar
 from raykd.cli import set_up_logging
 from raykd.config import Config
 from raykd.data.examples import decode_spans, example_from_row, examples_to_table
+from raykd.data.offline_stream import OfflineSet, offline_dataset
+from raykd.data.pairs import begins_row
 from raykd.data.prompt_rows import load_tokenizer
-from raykd.data.sources import PromptSet
+from raykd.data.sources import PromptSet, RowCounts
 from raykd.data.stream import build_dataset
 from raykd.data.text_scores import text_rewards
-from raykd.student.generation import generate
+from raykd.student.generation import Generated, generate
 from raykd.student.model import student_config
 from raykd.tracing import Tracer, quiet_ray
 from raykd.training.checkpoint import latest_checkpoint, read_ledger
-from raykd.training.feed import Feed
+from raykd.training.feed import Feed, mixed
 from raykd.training.loop import Log, fit
 from raykd.training.loss_context import make_context
 from raykd.training.ranks import Ranks
-from raykd.training.rollouts import Score, rollout_examples
+from raykd.training.rollouts import KeptRollouts, RolloutRows, Score, rollout_examples
 from raykd.training.trainer import Trainer, make_trainer
-from raykd.types import Batch
+from raykd.vocabulary import compare_vocabularies, student_tokenizer
 from teacher_serving.actor import teacher_environment
 from teacher_serving.faults import VARIABLE as FAULT_VARIABLE
 from teacher_serving.faults import planned_fault
@@ -73,6 +77,20 @@ class TrainingError(ValueError):
 
 
 @dataclass(frozen=True)
+class RunRows:
+    """What a run trains on: prompts, offline rows, or both."""
+
+    prompts: PromptSet | None = None
+    offline: OfflineSet | None = None
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """Rows of each kind that there is, in an epoch."""
+        kinds = {"prompts": self.prompts, "offline": self.offline}
+        return {name: rows.num_train for name, rows in kinds.items() if rows is not None}
+
+
+@dataclass(frozen=True)
 class EpochSettings:
     """What every worker is told."""
 
@@ -81,6 +99,7 @@ class EpochSettings:
     epoch: int
     num_steps: int  # of the whole run
     teacher: TeacherInfo
+    numbers: dict[str, int]  # rows of an epoch, by the name of their dataset
 
 
 @dataclass(frozen=True)
@@ -103,9 +122,9 @@ class Unequal(ray.train.DataConfig):
 
 
 def train_epoch(
-    config: Config, run_folder: Path, prompts: PromptSet, *, epoch: int, num_steps: int, teacher: TeacherInfo
+    config: Config, run_folder: Path, rows: RunRows, *, epoch: int, num_steps: int, teacher: TeacherInfo
 ) -> EpochResult:
-    """Run one pass over the prompts, from the newest checkpoint on; blocks until it is done.
+    """Run one pass over the rows, from the newest checkpoint on; blocks until it is done.
 
     Errors: TrainingError for what the user can mend; ray.train.TrainingFailedError when workers died more often than
     train.max_failures allows.
@@ -117,13 +136,11 @@ def train_epoch(
     train = config.train
     resources = {"CPU": train.cpus_per_worker} | ({"GPU": 1} if train.use_gpu else {})
     environment = quiet_ray() | {name: os.environ[name] for name in (FAULT_VARIABLE,) if name in os.environ}
-    teachers = teacher_environment()  # read here: the dataset is made in a process of Ray Train's
+    settings = EpochSettings(config, run_folder, epoch, num_steps, teacher, rows.numbers)
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"settings": EpochSettings(config, run_folder, epoch, num_steps, teacher)},
-        datasets={
-            "train": lambda: build_dataset(config, prompts, epoch, read_ledger(latest_checkpoint(run_folder)), teachers)
-        },
+        train_loop_config={"settings": settings},
+        datasets=_datasets(config, run_folder, rows, epoch),
         dataset_config=Unequal(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=train.num_workers, use_gpu=train.use_gpu, resources_per_worker=resources
@@ -147,6 +164,24 @@ def train_epoch(
         raise _as_error(mistake)
     assert result.return_value is not None, "the rank-0 worker returns how the epoch ended"
     return EpochResult(**result.return_value)
+
+
+def _datasets(config: Config, run_folder: Path, rows: RunRows, epoch: int) -> dict[str, GenDataset]:
+    """What makes each dataset at every start of the workers, without the rows in the ledger of the newest checkpoint."""
+    teachers = teacher_environment()  # read here: the datasets are made in a process of Ray Train's
+    prompts, offline = rows.prompts, rows.offline
+    datasets: dict[str, GenDataset] = {}
+    if prompts is not None:
+        beside = offline.counts if offline is not None else RowCounts()
+        datasets["prompts"] = lambda: build_dataset(config, prompts, epoch, _consumed(run_folder), teachers, beside)
+    if offline is not None:
+        others = prompts.counts if prompts is not None else RowCounts()
+        datasets["offline"] = lambda: offline_dataset(config, offline, epoch, _consumed(run_folder), others)
+    return datasets
+
+
+def _consumed(run_folder: Path) -> np.ndarray:
+    return read_ledger(latest_checkpoint(run_folder))
 
 
 def _as_error(mistake: Path) -> TrainingError:
@@ -197,7 +232,7 @@ def _train(settings: EpochSettings) -> EpochResult:
     config, run_folder = settings.config, settings.run_folder
     torch.set_num_threads(config.train.threads_per_worker)
     ranks = Ranks.of_process_group()
-    tokenizer = load_tokenizer(config.student.tokenizer or config.student.model)
+    tokenizer = student_tokenizer(config.student.tokenizer_folder, config.student.new_tokens)
     context, projections = make_context(config, tokenizer, student_config(config.student))
     trainer = make_trainer(
         config,
@@ -210,15 +245,18 @@ def _train(settings: EpochSettings) -> EpochResult:
         projections=projections,
     )
     trainer.progress.epoch = settings.epoch
-    tables = rows_of_this_worker()
+    share = ranks.share(config.train.sequences_per_step)
+    tables = mixed(rows_of_this_worker(settings.numbers), settings.numbers, share, trainer.progress.step)
     if ranks.rank == 0 and trainer.progress.step == 0:
         tables = show_an_example(tables, tokenizer)
-    share = ranks.share(config.train.sequences_per_step)
     pad_id = tokenizer.pad_token_id
     assert pad_id is None or isinstance(pad_id, int), f"one padding token expected, found {pad_id!r}"
     feed = Feed(tables, share, config.train.max_tokens_per_micro_batch, pad_id=pad_id or 0)
     stop_file = run_folder / STOP_FILE
-    sample_rows = rollouts_of(trainer, feed, settings.teacher) if config.rollouts.prompts_per_step else None
+    rollouts = None
+    if config.rollouts.prompts_per_step:
+        match = compare_vocabularies(load_tokenizer(config.teacher.model), tokenizer).require()
+        rollouts = rollouts_of(trainer, feed, match.student_ids(settings.teacher.eos_token_ids).tolist())
     with _tracing(config, run_folder, ranks, trainer.progress.step) as log:
         stopped = fit(
             trainer,
@@ -226,41 +264,42 @@ def _train(settings: EpochSettings) -> EpochResult:
             log=log,
             stop=lambda: ranks.rank == 0 and stop_file.exists(),
             before_step=planned_faults(stop_file),
-            sample_rows=sample_rows,
+            rollouts=rollouts,
         )
     return EpochResult(trainer.progress.step, stopped)
 
 
-def rollouts_of(trainer: Trainer, feed: Feed, teacher: TeacherInfo) -> Callable[[pa.Table, int], list[Batch]]:
-    """What samples, scores and batches the student's own answers to some prompts of a step (this rank's share of them)."""
+def rollouts_of(trainer: Trainer, feed: Feed, eos_ids: list[int]) -> KeptRollouts:
+    """What samples, scores and batches the student's own answers to some prompts of a step (this rank's share of them).
+
+    `eos_ids`: the student's ids that end an answer.
+    """
     config, ranks, score = trainer.config, trainer.ranks, score_in_ray(trainer.config)
     options = config.rollouts
     share = ranks.share(options.prompts_per_step)
 
-    def sample_rows(table: pa.Table, step: int) -> list[Batch]:
-        if step % options.every or not share:
-            return []
+    def sample_rows(table: pa.Table, step: int) -> RolloutRows:
+        table = table.filter(pa.array(begins_row(table)))  # a prompt once, beside the response to follow
         examples = [example_from_row(table, index) for index in range(min(share, table.num_rows))]
         seed = hash((config.run.seed, step, ranks.rank)) % 2**63
 
-        def sample(prompts: list[np.ndarray]) -> list[np.ndarray]:
-            answers = generate(
+        def sample(prompts: list[np.ndarray]) -> list[Generated]:
+            return generate(
                 trainer.student,
                 prompts,
                 max_tokens=options.max_tokens,
                 temperature=options.temperature,
                 seed=seed,
-                eos_ids=teacher.eos_token_ids,
+                eos_ids=eos_ids,
             )
-            return [answer.ids for answer in answers]
 
-        made = rollout_examples(
-            examples, trainer.student.tokenizer, options, sample=sample, score=score, eos_ids=teacher.eos_token_ids
+        made = rollout_examples(examples, trainer.student.tokenizer, options, sample=sample, score=score, eos_ids=eos_ids)
+        numbers = {"rollouts": made.rewards.size, "reward": made.rewards.sum(), "rollout_tokens": made.lengths.sum()}
+        return RolloutRows(
+            feed.batches(examples_to_table(made.examples)), {name: float(value) for name, value in numbers.items()}
         )
-        trainer.meters.add_numbers({"reward": torch.tensor(made.rewards.sum()), "rollouts": torch.tensor(made.rewards.size)})
-        return feed.batches(examples_to_table(made.examples))
 
-    return sample_rows
+    return KeptRollouts(options.every, sample_rows)
 
 
 def score_in_ray(config: Config, num_tasks: int = 4) -> Score:
@@ -296,10 +335,13 @@ def planned_faults(stop_file: Path) -> Callable[[int], None]:
     return before_step
 
 
-def rows_of_this_worker() -> Iterator[pa.Table]:
-    """This worker's share of the stream, block by block, as the teacher delivers it."""
-    shard: Any = ray.train.get_dataset_shard("train")  # its stub knows no batch_size=None: whole blocks
-    yield from shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+def rows_of_this_worker(names: Iterable[str]) -> dict[str, Iterator[pa.Table]]:
+    """This worker's share of each dataset, block by block, as it is delivered. All workers name them in the same order."""
+    shards: dict[str, Any] = {name: ray.train.get_dataset_shard(name) for name in names}  # its stub knows no batch_size=None
+    return {
+        name: iter(shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
+        for name, shard in shards.items()
+    }
 
 
 def show_an_example(tables: Iterator[pa.Table], tokenizer: PreTrainedTokenizerBase) -> Iterator[pa.Table]:

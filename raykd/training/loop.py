@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 
-import pyarrow as pa
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -22,6 +21,8 @@ from raykd.losses.combine import combine, loss_counts
 from raykd.losses.context import LossContext
 from raykd.training.feed import Feed
 from raykd.training.meters import Sums, add_report, mean_losses, to_host
+from raykd.training.reference import with_reference
+from raykd.training.rollouts import KeptRollouts, RolloutRows
 from raykd.training.schedules import learning_rate
 from raykd.training.trainer import Trainer
 from raykd.types import Batch, LossReport
@@ -42,7 +43,7 @@ def fit(
     log: Log,
     stop: Callable[[], bool],
     before_step: Callable[[int], None],
-    sample_rows: Callable[[pa.Table, int], list[Batch]] | None = None,
+    rollouts: KeptRollouts | None = None,
 ) -> bool:
     """Train on what the feed yields, from the trainer's step on; leave a checkpoint. Collective.
 
@@ -50,8 +51,7 @@ def fit(
         log: called on every rank with (step, metrics); only rank 0's is meant to write.
         stop: asked once a step; when any rank says yes, all leave after a checkpoint.
         before_step: called with the number of the step that is about to be made, the first being 1.
-        sample_rows: called with a step's rows and the number of steps made; what the student itself answers to them, as
-            micro-batches on top of the step's own.
+        rollouts: what the student itself answers to a step's prompts, as micro-batches on top of the step's own.
 
     Returns whether it was stopped, rather than the rows (or train.max_steps) at their end. Errors: NotFiniteError after
     `max_skipped_steps` skipped steps in a row.
@@ -60,11 +60,12 @@ def fit(
     stopped = False
     while limit is None or progress.step < limit:
         rows = feed.next_step()  # blocks while the teacher is slower
-        batches = rows.batches + (sample_rows(rows.table, progress.step) if sample_rows and rows.batches else [])
+        sampled = rollouts.rows(rows.table, progress.step) if rollouts else RolloutRows([], {})
+        batches = _judged(trainer, rows.batches) + sampled.batches
         losses = trainer.losses_now()
         measured = trainer.loss_state.measure(batches, losses)
         counted = count_tokens(batches, losses, trainer.context)
-        agreed = trainer.ranks.sum(rows.numbers | {"stop": stop()} | counted | measured)
+        agreed = trainer.ranks.sum(rows.numbers | sampled.numbers | {"stop": stop()} | counted | measured)
         stopped = bool(agreed["stop"])
         if stopped or not agreed["sequences"]:
             break
@@ -93,7 +94,7 @@ def step(trainer: Trainer, batches: list[Batch], counts: Mapping[str, Tensor], l
     sums: Sums = {}
     for index, batch in enumerate(batches):
         with trainer.exchange_gradients(now=index == len(batches) - 1):
-            report = _forward(trainer, trainer.model, batch.to(trainer.device), counts, losses)
+            report = _forward(trainer, trainer.model, batch, counts, losses)
             add_report(sums, report)
             # A total that is no number makes every gradient one, and so, once they are added up, the norm on every rank.
             finite = torch.where(torch.isfinite(sums["total"]), 1.0, torch.nan)
@@ -121,6 +122,11 @@ def count_tokens(batches: list[Batch], losses: LossConfig, context: LossContext)
     return counts
 
 
+def _judged(trainer: Trainer, batches: list[Batch]) -> list[Batch]:
+    """The batches with what the frozen student thinks of the pairs in them."""
+    return batches if trainer.reference is None else with_reference(trainer.reference, batches, trainer.autocast())
+
+
 def _on_device(trainer: Trainer, counts: Mapping[str, Tensor], losses: LossConfig) -> dict[str, Tensor]:
     return {name: counts[name].to(trainer.device, torch.float32) for name in losses.weights}
 
@@ -128,8 +134,11 @@ def _on_device(trainer: Trainer, counts: Mapping[str, Tensor], losses: LossConfi
 def _forward(
     trainer: Trainer, model: nn.Module, batch: Batch, counts: Mapping[str, Tensor], losses: LossConfig
 ) -> LossReport:
+    """`batch` is on the host: there it costs no waiting to look where the latent slots end."""
+    latent_width = trainer.student.latent_width(batch.input_ids)
+    batch = batch.to(trainer.device)
     with trainer.autocast():
-        output = model(batch.input_ids, batch.decision_index, batch.end_index)
+        output = model(batch.input_ids, batch.decision_index, batch.end_index, latent_width)
         return combine(batch, output, trainer.head, losses, counts, trainer.context_now())
 
 
@@ -180,14 +189,14 @@ def _metrics(trainer: Trainer) -> dict[str, float]:
 @torch.no_grad()
 def validate(trainer: Trainer, feed: Feed) -> dict[str, float]:
     """Losses and metrics on the held-out rows that have come by on all ranks; empty without any. Collective."""
-    batches = [batch for table in feed.held_out for batch in feed.batches(table)]
+    batches = _judged(trainer, [batch for table in feed.held_out for batch in feed.batches(table)])
     losses = trainer.losses_now()
     counts = trainer.ranks.sum(count_tokens(batches, losses, trainer.context))
     sums: Sums = {}
     trainer.student.eval()
     for batch in batches or [feed.idle_batch()]:
         on_device = _on_device(trainer, counts, losses)
-        add_report(sums, _forward(trainer, trainer.student, batch.to(trainer.device), on_device, losses))
+        add_report(sums, _forward(trainer, trainer.student, batch, on_device, losses))
     trainer.student.train()
     total = {name: value.item() for name, value in trainer.ranks.sum(to_host(sums)).items()}
     return mean_losses(total, losses.weights, steps=1) if any(counts.values()) else {}

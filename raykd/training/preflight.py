@@ -6,7 +6,7 @@ In: Config, the files it names, the cluster's resources. Out: a `Plan`; ValueErr
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,12 +16,18 @@ from rich.console import Console, Group
 from rich.panel import Panel
 from rich.syntax import Syntax
 from rich.table import Table
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from raykd.config import Config
+from raykd.data.curriculum import latent_ids
+from raykd.data.offline_stream import offline_files
+from raykd.data.prompt_rows import load_tokenizer
 from raykd.data.readers import find_files
 from raykd.losses.intermediate import layer_pairs
 from raykd.student.model import count_parameters, student_config
+from raykd.student.tokenizer import rows_needed
+from raykd.training.reference import has_pairs
+from raykd.vocabulary import backend_of, compare_vocabularies, student_tokenizer, token_id
 from teacher_serving.connect import resolve_device
 from teacher_serving.identity import (
     describe,
@@ -47,6 +53,7 @@ class Plan:
     teacher: TeacherInfo
     num_student_parameters: int
     student_vocab_size: int
+    student_vocabulary: str  # fingerprint, new tokens included
     activations_per_token: int  # values kept for the backward pass of one token, an estimate
 
 
@@ -65,13 +72,15 @@ class Resources:
 
 def check(config: Config) -> Plan:
     """Check the config against the files it names; load nothing. Errors: PreflightError, DataError, those of `describe`."""
-    for key in ("prompts", "held_out"):
+    offline_files(config)
+    for key in ("prompts", "held_out") if config.data.prompts else ():
         path = getattr(config.data, key)
         if path is not None:
             find_files(path, f"data.{key}")
     teacher = describe(config.teacher)
     architecture = student_config(config.student)
-    _check_vocabulary(config, teacher, architecture.vocab_size)
+    tokenizer = student_tokenizer(config.student.tokenizer_folder, config.student.new_tokens)
+    architecture.vocab_size = _check_vocabulary(config, tokenizer, architecture.vocab_size)
     _check_layers(config, architecture.num_hidden_layers)
     max_positions = getattr(architecture, "max_position_embeddings", teacher.max_model_len)
     if max_positions < teacher.max_model_len:
@@ -83,6 +92,7 @@ def check(config: Config) -> Plan:
         teacher=teacher,
         num_student_parameters=count_parameters(architecture),
         student_vocab_size=architecture.vocab_size,
+        student_vocabulary=vocabulary_fingerprint(backend_of(tokenizer)),
         activations_per_token=_activations_per_token(config, architecture),
     )
     _check_disk(config, plan)
@@ -98,25 +108,38 @@ def _activations_per_token(config: Config, architecture: PretrainedConfig) -> in
     return per_layer * architecture.num_hidden_layers
 
 
-def _check_vocabulary(config: Config, teacher: TeacherInfo, student_vocab_size: int) -> None:
-    folder = config.student.tokenizer or config.student.model
-    found = vocabulary_fingerprint(folder)
-    if found != teacher.vocabulary_fingerprint:
+def _check_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase, num_rows: int) -> int:
+    """Check the student's tokenizer, new tokens included, against the teacher's, the losses and the `num_rows` of its model.
+
+    Returns the rows that the model will have.
+    """
+    new_tokens, teacher_tokenizer = config.student.new_tokens, load_tokenizer(config.teacher.model)
+    match = compare_vocabularies(teacher_tokenizer, tokenizer).require()
+    without_row = [token for token, i in tokenizer.get_vocab().items() if i >= num_rows and token not in new_tokens]
+    if without_row:
         raise PreflightError(
-            f"teacher {config.teacher.model!r} and student tokenizer {folder!r} have different vocabularies (fingerprints "
-            f"{teacher.vocabulary_fingerprint} and {found}): token ids would mean different text. Use a student of the "
-            "teacher's family, or set student.tokenizer to the teacher's folder if the student starts from random weights"
+            f"the student's LM head has {num_rows} rows, its tokenizer {match.num_ids} ids: {len(without_row)} tokens have "
+            f"no row, such as {sorted(without_row)[:3]}; there must be as many rows or more (padding is fine). Take the "
+            "config.json that belongs to this tokenizer, or name the tokens that were added to it in student.new_tokens"
         )
-    num_tokens = vocabulary_size(AutoTokenizer.from_pretrained(folder))
-    if student_vocab_size < num_tokens:
+    if config.teacher.top_k > vocabulary_size(teacher_tokenizer):
         raise PreflightError(
-            f"the student's LM head has {student_vocab_size} rows, its tokenizer {num_tokens} tokens: there must be as "
-            "many rows or more (padding is fine); take the config.json that belongs to this tokenizer"
+            f"teacher.top_k={config.teacher.top_k} is more than the vocabulary's {vocabulary_size(teacher_tokenizer)} "
+            "tokens: choose a smaller top_k"
         )
-    if config.teacher.top_k > min(num_tokens, student_vocab_size):
+    loss = config.loss
+    if "kd" in loss.weights and loss.kd_support == "full" and loss.student_to_teacher and match.kind == "superset":
         raise PreflightError(
-            f"teacher.top_k={config.teacher.top_k} is more than the vocabulary's {num_tokens} tokens: choose a smaller top_k"
+            f"loss.kd_support=full and loss.kd_divergence={loss.kd_divergence} (kd_beta={loss.kd_beta:g}) with a student of "
+            f"{match.num_student - match.num_teacher} more tokens than its teacher: the student has mass where the teacher "
+            "has none, the divergence is infinite; use kd_support=topk_tail, or another divergence"
         )
+    if config.latent.stages:
+        latent_ids(tokenizer, config.latent)
+    if "caws_compliance" in loss.weights:
+        token_id(tokenizer, config.latent.begin, "latent.begin")
+        token_id(tokenizer, config.latent.end, "latent.end")
+    return rows_needed(match.num_ids, num_rows)
 
 
 def _check_layers(config: Config, num_student_layers: int) -> None:
@@ -146,15 +169,19 @@ def _check_disk(config: Config, plan: Plan) -> None:
 
 
 def reserved(config: Config, *, has_gpu: bool) -> dict[str, Resources]:
-    """CPUs and GPUs that the run reserves at most; `has_gpu`: whether the cluster has any (for device=auto)."""
+    """CPUs and GPUs that the run reserves at most; `has_gpu`: whether the cluster has any (for device=auto).
+
+    Without prompts there is no teacher.
+    """
     train, data = config.train, config.data
     teacher = resolve_device(config.teacher, has_gpu=has_gpu)
-    replicas = teacher.max_replicas or teacher.num_replicas
+    replicas = (teacher.max_replicas or teacher.num_replicas) if data.prompts else 0
+    kinds = bool(data.prompts) + bool(data.offline)
     return {
         "CPU": Resources(
             workers=train.num_workers * train.cpus_per_worker,
             teachers=replicas * teacher.num_cpus,
-            extractors=data.num_extractors * data.extractor_cpus,
+            extractors=kinds * data.num_extractors * data.extractor_cpus,
         ),
         "GPU": Resources(
             workers=train.num_workers if train.use_gpu else 0, teachers=replicas * teacher.gpus_per_actor, extractors=0
@@ -175,19 +202,24 @@ def check_resources(config: Config, cluster: Mapping[str, float], *, with_worker
             )
 
 
-def print_summary(config: Config, plan: Plan, *, num_prompts: int | None, cluster: Mapping[str, float] | None) -> None:
-    """Print the resolved config, the batch arithmetic, the memory and the resources. `num_prompts` None: not known yet."""
+def print_summary(
+    config: Config, plan: Plan, *, numbers: Mapping[str, int] | None, cluster: Mapping[str, float] | None
+) -> None:
+    """Print the resolved config, the batch arithmetic, the memory and the resources.
+
+    `numbers`: rows of an epoch by kind, "prompts" and "offline"; None: not known yet.
+    """
     parts = [
         Panel(Syntax(_yaml(config), "yaml", background_color="default"), title="resolved config"),
-        Panel(_arithmetic(config, plan, num_prompts), title="the run in numbers"),
+        Panel(_arithmetic(config, plan, numbers), title="the run in numbers"),
         Panel(_resources(config, cluster), title="resources"),
     ]
     Console().print(Group(*parts))
 
 
-def num_steps(config: Config, num_prompts: int) -> int:
-    """Optimizer steps of the whole run: every epoch ends with a step for what is left."""
-    per_epoch = -(-num_prompts // config.train.sequences_per_step)
+def num_steps(config: Config, num_rows: int) -> int:
+    """Optimizer steps of the whole run, of `num_rows` an epoch: every epoch ends with a step for what is left."""
+    per_epoch = -(-num_rows // config.train.sequences_per_step)
     return min(per_epoch * config.train.epochs, config.train.max_steps or 2**62)
 
 
@@ -195,21 +227,38 @@ def _yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).strip()
 
 
-def _arithmetic(config: Config, plan: Plan, num_prompts: int | None) -> Table:
+def _mixture(config: Config, numbers: Mapping[str, int] | None) -> Iterator[tuple[str, str]]:
+    """What an epoch consists of: each kind of rows with its number and its share of a step, and the offline files."""
+    titles = {"prompts": "prompts"} if config.data.prompts else {}
+    titles |= {"offline": "offline rows"} if config.data.offline else {}
+    for name, title in titles.items():
+        if numbers is None:
+            yield title, "counted when the run starts"
+            continue
+        share = numbers[name] / sum(numbers.values())
+        of_a_step = f", {share:.1%} of every step ({share * config.train.sequences_per_step:.3g} sequences)"
+        yield title, f"{numbers[name]:,} for training in an epoch" + (of_a_step if len(titles) > 1 else "")
+    for file in config.data.offline:
+        yield "", f"{file.weight:g} x {file.path}"
+
+
+def _arithmetic(config: Config, plan: Plan, numbers: Mapping[str, int] | None) -> Table:
     train = config.train
     parameters = plan.num_student_parameters
     activation = torch.bfloat16.itemsize if train.precision == "bfloat16" else torch.float32.itemsize
     table = Table(box=None, show_header=False)
-    table.add_row("prompts", "counted when the run starts" if num_prompts is None else f"{num_prompts:,} for training")
+    for name, text in _mixture(config, numbers):
+        table.add_row(name, text)
     table.add_row(
         "one optimizer step",
         f"{train.sequences_per_step} sequences = {train.num_workers} workers x "
         f"{train.sequences_per_step / train.num_workers:g}, in micro-batches of at most "
         f"{train.max_tokens_per_micro_batch:,} padded tokens",
     )
-    if num_prompts is not None:
-        steps = num_steps(config, num_prompts)
-        table.add_row("steps", f"{steps:,} = {train.epochs} epochs x {-(-num_prompts // train.sequences_per_step):,}")
+    if numbers is not None:
+        num_rows = sum(numbers.values())
+        steps = num_steps(config, num_rows)
+        table.add_row("steps", f"{steps:,} = {train.epochs} epochs x {-(-num_rows // train.sequences_per_step):,}")
     table.add_row("losses", ", ".join(f"{weight:g} x {name}" for name, weight in config.loss.weights.items()))
     table.add_row("student", f"{parameters:,} parameters, {plan.student_vocab_size:,} LM-head rows")
     table.add_row(
@@ -217,9 +266,14 @@ def _arithmetic(config: Config, plan: Plan, num_prompts: int | None) -> Table:
         f"{_mib(parameters * BYTES_PER_TRAINED_PARAMETER)} weights, gradients and Adam moments (float32), "
         f"about {_mib(train.max_tokens_per_micro_batch * activation * plan.activations_per_token)} activations",
     )
+    if has_pairs(config):
+        table.add_row("reference of pairs", f"{_mib(parameters * torch.float32.itemsize)} more on every worker")
     table.add_row("one checkpoint", _mib(parameters * BYTES_PER_CHECKPOINT_PARAMETER))
     teacher, top_k = plan.teacher, config.teacher.top_k
     token_bytes = 6 * top_k + 12 + state_bytes_per_token(config.teacher)
+    if not config.data.prompts:
+        table.add_row("teacher", f"none is started; ids and scores of {teacher.teacher_id} are in the files")
+        return table
     table.add_row("teacher", f"{teacher.teacher_id}, fingerprint {teacher.fingerprint}, top-{top_k}")
     table.add_row(
         "teacher output",

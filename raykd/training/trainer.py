@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raykd.config import Config, TrainConfig
+from raykd.config import Config, StudentConfig, TrainConfig
 from raykd.loss_config import LossConfig
 from raykd.losses.context import Head, LossContext
 from raykd.student.heads import make_heads, projections_of
@@ -38,6 +38,7 @@ from raykd.training.checkpoint import (
 from raykd.training.loss_state import LossState, run_losses
 from raykd.training.meters import Meters
 from raykd.training.ranks import Ranks
+from raykd.training.reference import has_pairs
 from raykd.training.rng import restore_rng, rng_state, seed_everything
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class Trainer:
     student: Student
     model: nn.Module  # the student itself, or DDP around it
     optimizer: torch.optim.Optimizer
+    reference: Student | None = None  # the student as the run began, frozen: where there may be pairs of responses
     context: LossContext = field(default_factory=LossContext)
     loss_state: LossState = field(default_factory=LossState)
     progress: Progress = field(default_factory=Progress)
@@ -147,16 +149,13 @@ def make_trainer(
     checkpoint = latest_checkpoint(run_folder)
     seed_everything(config.run.seed + ranks.rank)
     if checkpoint is None:
-        student = load_student(config.student, config.run.seed)
+        student = _load(config, config.student)
     else:
         verify(checkpoint)
         as_saved = {"model": str(checkpoint / STUDENT), "tokenizer": None, "random_weights": False, "layers": None}
-        student = load_student(config.student.model_copy(update=as_saved), config.run.seed)
+        student = _load(config, config.student.model_copy(update=as_saved))
     context = context or LossContext()
     student.layers = tuple(context.layer_pairs)
-    if config.latent.stages and config.latent.mode == "continuous":
-        student.slot_id = student.tokenizer.get_vocab()[config.latent.slot]
-        student.latent_loops = config.latent.loops
     student.detach_self_evaluation = config.loss.self_evaluation_detach
     student.heads = make_heads(student.hidden_size, config.loss.weights, projections, seed=config.run.seed)
     if checkpoint is not None:
@@ -175,16 +174,26 @@ def make_trainer(
         student=student,
         model=student if ranks.world_size == 1 else _replicated(student, device),
         optimizer=optimizer,
+        reference=_load(config, config.student).eval().requires_grad_(False).to(device) if has_pairs(config) else None,
         context=replace(
             context,
             projections=projections_of(student.heads),
             opening_ids=context.opening_ids.to(device),
+            teacher_top=context.teacher_top and context.teacher_top.to(device),
         ),
         loss_state=LossState(layer_squares=(0.0,) * context.num_teacher_layers),
     )
     if checkpoint is not None:
         _restore(trainer, checkpoint)
     return trainer
+
+
+def _load(config: Config, student_config: StudentConfig) -> Student:
+    student = load_student(student_config, config.run.seed)
+    if config.latent.stages and config.latent.mode == "continuous":
+        student.slot_id = student.tokenizer.get_vocab()[config.latent.slot]
+        student.latent_loops = config.latent.loops
+    return student
 
 
 def make_optimizer(student: Student, config: TrainConfig) -> torch.optim.AdamW:

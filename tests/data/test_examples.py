@@ -277,6 +277,21 @@ def test_every_call_of_real_conversations_is_found_and_decodes_to_itself(name, d
     assert num_found == num_calls
 
 
+def test_an_id_between_the_tokens_is_padding_like_those_behind_them():
+    words = {f"w{i}": i + (i > 5) for i in range(12)}  # 6 is no token
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), unk_token="w0", eos_token="w1"
+    )
+    rows = table([([5, 7], [], None), ([6], [], None)], k=2)
+    ids = pa.array([[3, 6, 4, 12], [8, 9]], pa.list_(pa.int32()))
+    rows = rows.set_column(rows.column_names.index("topk_ids"), "topk_ids", ids)
+    examples, rejected = build_examples(rows, tokenizer)
+    assert example_from_row(examples, 0).topk_logprobs.tolist() == [[-1, -np.inf], [-1, -1]]
+    assert rejected["reason"].to_pylist() == [
+        "the teacher's output holds id 6, which is padding of its head: the tokenizer has 13 ids"
+    ]
+
+
 def test_the_teachers_mass_on_padding_of_its_head_goes_to_the_tail():
     """A head may have more rows than there are tokens, and the student's fewer than the teacher's."""
     tokenizer = tokenizer_of("byte level")

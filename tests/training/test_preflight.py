@@ -11,6 +11,7 @@ import pytest
 from raykd.cli import load_config
 from raykd.config import Config
 from raykd.training.preflight import check, check_resources, num_steps, print_summary
+from raykd.vocabulary import student_tokenizer
 
 
 @pytest.fixture
@@ -37,17 +38,59 @@ def test_a_run_that_can_work_passes_and_is_counted(base: list[str]):
     check_resources(configured(base), {"CPU": 8})
 
 
-def test_other_vocabularies_are_refused_with_both_fingerprints(base: list[str], tiny_model_path: Path, tmp_path: Path):
+def test_other_vocabularies_are_refused_with_the_numbers(base: list[str], tiny_model_path: Path, tmp_path: Path):
     other = tmp_path / "other"
     shutil.copytree(tiny_model_path, other)
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
-    first, second = list(vocabulary)[-2:]
-    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    vocabulary["strange"] = vocabulary.pop(list(vocabulary)[-1])
+    tokenizer["model"]["merges"].pop()
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(ValueError, match="have different vocabularies") as error:
+    number = check(configured(base)).student_vocab_size
+    words = rf"have different vocabularies: {number} and {number} tokens, {number - 1} of the teacher's are.*lacks 1 tokens"
+    with pytest.raises(ValueError, match=words):
         check(configured(base, f"student.model={other}"))
-    assert check(configured(base)).teacher.vocabulary_fingerprint in str(error.value)
+
+
+SENTINELS = "student.new_tokens={<bot>: start of thought, <eot>: '', <slot>: ''}"
+STAGES = ["latent.stages=[{steps: 1, slots: 2, probability: 1}]", "loss.ce_teacher=1"]
+
+
+def test_a_student_may_have_more_tokens_than_its_teacher_and_gets_rows_for_them(base: list[str], tmp_path: Path):
+    plain, more = check(configured(base)), check(configured(base, SENTINELS))
+    assert more.student_vocab_size == -(-(plain.student_vocab_size + 3) // 64) * 64
+    new_rows = more.student_vocab_size - plain.student_vocab_size
+    assert more.num_student_parameters == plain.num_student_parameters + 64 * new_rows
+    full = ["loss.kd_support=full", "teacher.hidden_layers=[1]"]
+    check(configured(base, SENTINELS, *full))
+    check(configured(base, *full, "loss.kd_divergence=reverse_kl"))
+    with pytest.raises(ValueError, match=r"kd_divergence=reverse_kl .*of 3 more tokens.* the divergence is infinite"):
+        check(configured(base, SENTINELS, *full, "loss.kd_divergence=reverse_kl"))
+
+
+def test_tokens_that_only_the_tokenizer_has_are_rows_to_add_or_a_mistake(
+    base: list[str], tiny_model_path: Path, tmp_path: Path
+):
+    folder = tmp_path / "tokenizer"
+    student_tokenizer(tiny_model_path, ["<bot>", "<eot>"]).save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"2 tokens have no row, such as \['<bot>', '<eot>'\].* in student.new_tokens"):
+        check(configured(base, f"student.tokenizer={folder}"))
+    check(configured(base, f"student.tokenizer={folder}", SENTINELS))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "missing"),
+    [(STAGES, r"latent\.begin is '<bot>'"), (["loss.caws_compliance=1"], r"latent\.begin is '<bot>'")],
+)
+def test_tokens_that_losses_and_stages_need_are_asked_for_and_not_added_in_silence(
+    base: list[str], overrides: list[str], missing: str
+):
+    with pytest.raises(ValueError, match=rf"{missing}, which the tokenizer .* does not have: add it to student.new_tokens"):
+        check(configured(base, *overrides))
+    check(configured(base, *overrides, SENTINELS))
+    if overrides is STAGES:
+        with pytest.raises(ValueError, match=r"latent\.slot is '<slot>'"):
+            check(configured(base, *overrides, "student.new_tokens={<bot>: '', <eot>: ''}"))
 
 
 @pytest.mark.parametrize(
@@ -126,6 +169,45 @@ def test_more_than_the_cluster_has_is_refused_with_the_arithmetic(base: list[str
         check_resources(configured(base, "teacher.num_replicas=4"), {"CPU": 64, "GPU": 1})
 
 
+@pytest.fixture
+def offline(tmp_path: Path) -> str:
+    (tmp_path / "rows.jsonl").touch()
+    return f"data.offline=[{{path: {tmp_path / 'rows.jsonl'}, weight: 2}}]"
+
+
+def test_offline_files_alone_need_no_room_for_a_teacher_and_beside_prompts_readers_of_their_own(
+    base: list[str], offline: str
+):
+    many = "teacher.num_replicas=50"
+    check_resources(configured(base, offline, "data.prompts=null", many), {"CPU": 1.25})
+    with pytest.raises(ValueError, match=r"reserves 51.5 CPUs \(workers 1, teachers 50, extractors 0.5\)"):
+        check_resources(configured(base, offline, many), {"CPU": 1.25})
+
+
+def test_missing_offline_files_are_named(base: list[str], offline: str):
+    check(configured(base, offline))
+    with pytest.raises(ValueError, match="data.offline: no file '/nowhere'"):
+        check(configured(base, "data.offline=[{path: /nowhere}]"))
+    with pytest.raises(ValueError, match=r"data.held_out \(without data.prompts\): no file '/nowhere'"):
+        check(configured(base, offline, "data.prompts=null", "data.held_out=/nowhere"))
+
+
+def test_the_summary_says_what_is_mixed(base: list[str], offline: str, capsys: pytest.CaptureFixture[str]):
+    config = configured(base, offline, "train.sequences_per_step=8")
+    print_summary(config, check(config), numbers={"prompts": 300, "offline": 100}, cluster=None)
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "prompts 300 for training in an epoch, 75.0% of every step (6 sequences)" in text
+    assert "offline rows 100 for training in an epoch, 25.0% of every step (2 sequences)" in text
+    assert "2 x /" in text
+    assert "50 = 1 epochs x 50" in text
+    alone = configured(base, offline, "data.prompts=null")
+    print_summary(alone, check(alone), numbers=None, cluster=None)
+    text = capsys.readouterr().out
+    assert "counted when the run starts" in text
+    assert "none is started" in text
+    assert "teacher output" not in text
+
+
 def test_collecting_needs_no_room_for_train_workers(base: list[str]):
     config = configured(base, "train.num_workers=6")
     check_resources(config, {"CPU": 4}, with_workers=False)
@@ -144,12 +226,12 @@ def test_too_little_disk_is_refused(base: list[str], monkeypatch: pytest.MonkeyP
     ("overrides", "steps"), [([], 4), (["train.epochs=2"], 8), (["train.epochs=2", "train.max_steps=5"], 5)]
 )
 def test_the_number_of_steps_follows_from_prompts_and_epochs(base: list[str], overrides: list[str], steps: int):
-    assert num_steps(configured(base, "train.sequences_per_step=32", *overrides), num_prompts=100) == steps
+    assert num_steps(configured(base, "train.sequences_per_step=32", *overrides), num_rows=100) == steps
 
 
 def test_the_summary_shows_config_arithmetic_and_resources(base: list[str], capsys: pytest.CaptureFixture[str]):
     config = configured(base, "train.num_workers=2", "loss.tool_name=0.5")
-    print_summary(config, check(config), num_prompts=100, cluster={"CPU": 8})
+    print_summary(config, check(config), numbers={"prompts": 100}, cluster={"CPU": 8})
     text = capsys.readouterr().out
     for word in ("sequences_per_step: 32", "32 sequences = 2 workers x 16", "4 = 1 epochs x 4", "0.5 x tool_name", "CPUs"):
         assert word in text

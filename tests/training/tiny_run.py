@@ -14,14 +14,17 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from raykd.config import Config
+from raykd.data.examples import examples_to_table
+from raykd.data.pairs import begins_row, numbered, rejected_half
 from raykd.training.feed import Feed
 from raykd.training.loop import fit
 from raykd.training.ranks import Ranks
 from raykd.training.trainer import Trainer, make_trainer
-from raykd.types import EXAMPLE_SCHEMA, Mark, Source
+from raykd.types import EXAMPLE_SCHEMA, Example, Mark, Source
 
 VOCAB = 64
 TOP_K = 4
+PAIR_MARKS = (Mark.CODE_MODE, Mark.DIRECT_TOOL)
 
 
 def save_student(path: Path) -> None:
@@ -55,7 +58,7 @@ def make_config(student_path: Path, **sections) -> Config:
         "train": {"sequences_per_step": 8, "learning_rate": 1e-2, "log_every": 1, "weight_decay": 0.1},
     }
     for name, section in sections.items():
-        values[name] = values[name] | section
+        values[name] = values.get(name, {}) | section
     return Config.model_validate(values)
 
 
@@ -94,6 +97,30 @@ def make_rows(num_rows: int, *, seed: int = 0, held_out: bool = False, lengths: 
     return pa.Table.from_pylist(rows, schema=EXAMPLE_SCHEMA)
 
 
+def make_pairs(num_pairs: int, *, seed: int = 0, first_uid: int | None = None) -> pa.Table:
+    """Two random responses to each of some random prompts, code preferred to direct calls; uids count from 1000 * seed."""
+    first_uid = 1000 * seed if first_uid is None else first_uid
+    random = np.random.default_rng(seed)
+    examples = []
+    for row in range(num_pairs):
+        prompt = random.integers(0, VOCAB, 3)
+        preferred, other = (_written(prompt, random.integers(0, VOCAB, random.integers(2, 9)), mark) for mark in PAIR_MARKS)
+        examples += numbered((preferred, rejected_half(other)), first_uid + row)
+    return examples_to_table(examples)
+
+
+def _written(prompt: np.ndarray, response: np.ndarray, mark: Mark) -> Example:
+    return Example(
+        uid=0,
+        source=Source.GOLD,
+        input_ids=np.concatenate([prompt, response]).astype(np.int32),
+        marks=np.repeat([0, Mark.RESPONSE | mark], [len(prompt), len(response)]).astype(np.uint16),
+        topk_ids=np.empty((len(response), 0), np.int32),
+        topk_logprobs=np.empty((len(response), 0), np.float16),
+        log_tail=np.empty(0, np.float32),
+    )
+
+
 def make_feed(trainer: Trainer, tables: list[pa.Table]) -> Feed:
     """A feed of this rank's share, from tables that are already there."""
     train = trainer.config.train
@@ -111,7 +138,7 @@ def run(
 ) -> tuple[Trainer, list[tuple[int, dict[str, float]]]]:
     """Train from the newest checkpoint in `folder` on the rows that its ledger lacks; returns what was logged, too."""
     trainer = make_trainer(config, folder, num_steps=num_steps, teacher={"fingerprint": "f"}, ranks=ranks or Ranks())
-    left = [table.filter(pa.array(~np.isin(table["uid"].to_numpy(), trainer.consumed))) for table in tables]
+    left = [table.filter(pa.array(~np.isin(_row_uids(table), trainer.consumed))) for table in tables]
     logged: list[tuple[int, dict[str, float]]] = []
     fit(
         trainer,
@@ -121,6 +148,12 @@ def run(
         before_step=lambda step: None,
     )
     return trainer, logged
+
+
+def _row_uids(table: pa.Table) -> np.ndarray:
+    """Uid of the row that each example is of; the halves of a pair are of one."""
+    first = np.maximum.accumulate(np.where(begins_row(table), np.arange(len(table)), 0))
+    return table["uid"].to_numpy()[first]
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
