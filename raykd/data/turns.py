@@ -34,7 +34,7 @@ def find_turns(marks: np.ndarray, sequence: np.ndarray) -> Turns:
     after_is_latent = np.zeros(len(marks), dtype=bool)
     after_is_latent[:-1] = is_latent[1:] & goes_on[1:]
 
-    begins = ~before_is.any(axis=0)[is_response]
+    begins = ~(before_is[0] | before_is[1])[is_response]
     turn = np.cumsum(begins) - 1  # of each response token
     calls = np.bincount(turn[(marks[is_response] & Mark.TOOL_NAME) != 0], minlength=int(begins.sum()))
     spoken = ~(before_is[1] | after_is_latent)[is_response]

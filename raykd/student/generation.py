@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from raykd.student.heads import HALT
+from raykd.student.latent import fill_slots, next_embeddings
 from raykd.student.model import Student
 
 
@@ -26,7 +27,7 @@ class Generated:
     """What one row got."""
 
     ids: np.ndarray  # int32 [n], through the end-of-sequence token where it came
-    logprobs: np.ndarray  # float32 [n] of those tokens under the student at temperature 1, nats
+    logprobs: np.ndarray  # float32 [n] of those tokens under the student at temperature 1, nats; NaN at latent slots
     ended: bool  # by itself, and not by max_tokens
 
 
@@ -51,6 +52,9 @@ def generate(
 ) -> list[Generated]:
     """Continue every prompt until it ends or has `max_tokens` more tokens. Dropout is off; no global random state moves.
 
+    A row that opens a latent span gets its slots (`student.latent`) instead of tokens of its own choice, in continuous mode
+    filled one by one with its last state; then it goes on.
+
     Args:
         prompt_ids: B arrays of at least one id.
         temperature: 0: the most likely token; else sampled, the same for the same `seed`.
@@ -65,40 +69,72 @@ def generate(
         return []
     device = student.head_weight.device
     ids, mask = _pad_left(prompt_ids, device)
+    inputs = _prompt_inputs(student, prompt_ids, ids)
     ends = torch.tensor(list(eos_ids), dtype=torch.int64, device=device)
     generator = torch.Generator(device).manual_seed(seed)
     done = torch.zeros(len(prompt_ids), dtype=torch.bool, device=device)
+    slot_id = student.latent.slot_id if student.latent else None  # an input only: never written
+    slots_due = torch.zeros(len(prompt_ids), dtype=torch.int64, device=device)
     written, logprobs, running, cache = [], [], [], None
     with _evaluating(student):
         for _ in range(max_tokens):
+            num_new = 1 if cache is not None else ids.shape[1]
             output = student.model.base_model(
-                input_ids=ids,
+                **inputs,
                 attention_mask=mask,
-                position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :],
+                position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, -num_new:],
                 past_key_values=cache,
                 use_cache=True,
             )
-            cache = output.past_key_values
-            chosen, logprob = _choose(_logits(student, output.last_hidden_state[:, -1]), temperature, generator)
+            cache, last = output.past_key_values, output.last_hidden_state[:, -1]
+            chosen, logprob = _choose(_logits(student, last), temperature, generator, slot_id)
+            chosen, slots_due, is_slot = _think(student, chosen, slots_due)
             written.append(chosen)
-            logprobs.append(logprob)
+            logprobs.append(logprob.masked_fill(is_slot, torch.nan))
             running.append(~done)
             done |= torch.isin(chosen, ends)
             if done.all():
                 break
-            ids = chosen[:, None]
+            inputs = _next_inputs(student, chosen, is_slot, last)
             mask = functional.pad(mask, (0, 1), value=1)
     if not written:
         return [Generated(np.empty(0, np.int32), np.empty(0, np.float32), ended=False) for _ in prompt_ids]
-    lengths = torch.stack(running).sum(0).tolist()
-    rows = zip(
-        torch.stack(written, 1).int().cpu().numpy(),
-        torch.stack(logprobs, 1).cpu().numpy(),
-        lengths,
-        done.tolist(),
-        strict=True,
-    )
+    return _by_row(torch.stack(written, 1), torch.stack(logprobs, 1), torch.stack(running).sum(0), done)
+
+
+def _by_row(ids: Tensor, logprobs: Tensor, lengths: Tensor, done: Tensor) -> list[Generated]:
+    """What each row wrote: the first `lengths` [B] of ids and log-probabilities [B, n]."""
+    rows = zip(ids.int().cpu().numpy(), logprobs.cpu().numpy(), lengths.tolist(), done.tolist(), strict=True)
     return [Generated(row_ids[:length], row_logprobs[:length], ended) for row_ids, row_logprobs, length, ended in rows]
+
+
+def _prompt_inputs(student: Student, prompt_ids: Sequence[np.ndarray], ids: Tensor) -> dict[str, Tensor]:
+    """What the model gets for the prompts [B, P], padded on the left; slots in them hold the student's states."""
+    if student.latent is None or not student.latent.loops or not (ids == student.latent.slot_id).any():
+        return {"input_ids": ids}
+    embeddings = student.model.get_input_embeddings()(ids)
+    with _evaluating(student):
+        for row, prompt in enumerate(prompt_ids):
+            own = ids[row : row + 1, -len(prompt) :]
+            is_slot = own == student.latent.slot_id
+            embeddings[row, -len(prompt) :] = fill_slots(student.model, own, is_slot, loops=student.latent.loops)[0]
+    return {"inputs_embeds": embeddings}
+
+
+def _think(student: Student, chosen: Tensor, slots_due: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens [B] with slots where a latent span wants them; slots [B] that are due now; which tokens [B] are slots."""
+    if student.latent is None:
+        return chosen, slots_due, torch.zeros_like(chosen, dtype=torch.bool)
+    is_slot = slots_due > 0
+    chosen = torch.where(is_slot, student.latent.slot_id, chosen)
+    opened = (chosen == student.latent.begin_id).long() * student.latent.num_slots
+    return chosen, torch.where(is_slot, slots_due - 1, opened), is_slot
+
+
+def _next_inputs(student: Student, chosen: Tensor, is_slot: Tensor, last_hidden: Tensor) -> dict[str, Tensor]:
+    if student.latent is None or not student.latent.loops:
+        return {"input_ids": chosen[:, None]}
+    return {"inputs_embeds": next_embeddings(student.model, chosen, is_slot, last_hidden)}
 
 
 def _pad_left(prompt_ids: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -117,12 +153,17 @@ def _logits(student: Student, hidden: Tensor) -> Tensor:
     return logits
 
 
-def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The next ids [B], and their log-probabilities [B] at temperature 1."""
+def _choose(
+    logits: Tensor, temperature: float, generator: torch.Generator, never: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The next ids [B], and their log-probabilities [B] at temperature 1; the id `never` is left out of the choice alone."""
+    choice = logits.clone()
+    if never is not None:
+        choice[:, never] = -torch.inf
     if temperature == 0:
-        chosen = logits.argmax(-1)
+        chosen = choice.argmax(-1)
     else:
-        chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+        chosen = torch.multinomial((choice / temperature).softmax(-1), 1, generator=generator)[:, 0]
     return chosen, logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
 
 

@@ -1,18 +1,30 @@
-"""Slots whose input is the student's own hidden state: latent spans in continuous mode.
+"""Latent spans: how a student thinks without words, and in continuous mode the states that its slots are filled with.
 
 In:  a Hugging Face causal model, input_ids, where the slots are.
 Out: inputs_embeds in which every slot holds the hidden state of the position before it, for the forward pass proper.
 
 Source: Hao et al., 2024 (Coconut), where the slots are filled one by one. Here each pass fills all slots of the batch from
-the states of the pass before: after `loops` passes the first `loops` slots of every span are exactly what one by one would
-give, value and gradient alike, and those behind them have been refined so many times.
+the states of the pass before: after `loops` passes the first `loops` slots of a row are exactly what one by one would give,
+value and gradient alike, and those behind them have been refined so many times.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class LatentSpans:
+    """The spans of a student that was trained with a latent curriculum."""
+
+    begin_id: int  # <bot>: the student's own decision to think
+    slot_id: int
+    num_slots: int  # that follow it when the student writes, whatever it would say there
+    loops: int  # passes that fill the slots in training; 0: slots have their learned embedding (mask mode)
 
 
 def fill_slots(

@@ -23,7 +23,7 @@ from transformers import (
 
 from raykd.config import StudentConfig
 from raykd.student.heads import HALT, SELF_EVALUATION, read_head
-from raykd.student.latent import fill_slots
+from raykd.student.latent import LatentSpans, fill_slots
 from raykd.student.tokenizer import migrate
 from raykd.types import StudentOutput
 from teacher_serving.identity import vocabulary_size
@@ -34,7 +34,7 @@ class Student(nn.Module):
 
     Beside it stand the `heads` of the losses that need one (student/heads.py). `layers` names the decoder layers, counted
     from 0, whose outputs a forward pass is to hand out; `detach_self_evaluation` keeps that head's gradient to itself. With
-    `latent_loops` the inputs at `slot_id` are the student's own states (student/latent.py).
+    `latent` in continuous mode the inputs at its slots are the student's own states (student/latent.py).
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, saved_dtype: torch.dtype):
@@ -45,8 +45,7 @@ class Student(nn.Module):
         self.saved_dtype = saved_dtype
         self.heads = nn.ModuleDict()
         self.layers: tuple[int, ...] = ()
-        self.slot_id: int | None = None
-        self.latent_loops = 0
+        self.latent: LatentSpans | None = None
         self.detach_self_evaluation = False
 
     def forward(
@@ -67,9 +66,9 @@ class Student(nn.Module):
             latent_width: slots are in the columns before this one (`latent_width`); None: anywhere.
         """
         inputs = {"input_ids": input_ids}
-        if self.latent_loops and latent_width != 0:
-            is_slot = input_ids == self.slot_id
-            filled = fill_slots(self.model, input_ids, is_slot, loops=self.latent_loops, width=latent_width)
+        if self.latent is not None and self.latent.loops and latent_width != 0:
+            is_slot = input_ids == self.latent.slot_id
+            filled = fill_slots(self.model, input_ids, is_slot, loops=self.latent.loops, width=latent_width)
             inputs = {"inputs_embeds": filled}
         with _layer_outputs(self.model, self.layers) as layers:
             hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
@@ -83,9 +82,9 @@ class Student(nn.Module):
 
     def latent_width(self, input_ids: torch.Tensor) -> int:
         """Columns of input_ids [B, T] up to the last slot; 0 without any, or in mask mode. Reads values: ask on the host."""
-        if not self.latent_loops:
+        if self.latent is None or not self.latent.loops:
             return 0
-        columns = (input_ids == self.slot_id).any(dim=0).nonzero()
+        columns = (input_ids == self.latent.slot_id).any(dim=0).nonzero()
         return int(columns[-1]) + 1 if len(columns) else 0
 
     @property

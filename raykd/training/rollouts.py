@@ -123,9 +123,10 @@ def _text(tokenizer: Any, ids: np.ndarray, eos_ids: Collection[int]) -> str:
 
 
 def _example(prompted: Example, prompt: np.ndarray, response: Generated, advantage: float, target_length: float) -> Example:
-    num_response = len(response.ids)
-    marks = np.zeros(len(prompt) + num_response, dtype=np.uint16)
-    marks[len(prompt) :] = Mark.RESPONSE
+    chosen = ~np.isnan(response.logprobs)  # the others are latent slots
+    num_response = int(chosen.sum())
+    marks = np.zeros(len(prompt) + len(response.ids), dtype=np.uint16)
+    marks[len(prompt) :] = np.where(chosen, Mark.RESPONSE, Mark.LATENT)
     return Example(
         uid=prompted.uid,
         source=Source.STUDENT,
@@ -135,6 +136,6 @@ def _example(prompted: Example, prompt: np.ndarray, response: Generated, advanta
         topk_logprobs=np.empty((num_response, 0), np.float16),
         log_tail=np.empty(0, np.float32),
         advantage=advantage,
-        sampled_logprobs=response.logprobs,
+        sampled_logprobs=response.logprobs[chosen],
         target_length=target_length,
     )

@@ -18,9 +18,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raykd.config import Config, StudentConfig, TrainConfig
+from raykd.data.curriculum import latent_ids
 from raykd.loss_config import LossConfig
 from raykd.losses.context import Head, LossContext
 from raykd.student.heads import make_heads, projections_of
+from raykd.student.latent import LatentSpans
 from raykd.student.model import Student, load_student
 from raykd.training.checkpoint import (
     STUDENT,
@@ -190,9 +192,10 @@ def make_trainer(
 
 def _load(config: Config, student_config: StudentConfig) -> Student:
     student = load_student(student_config, config.run.seed)
-    if config.latent.stages and config.latent.mode == "continuous":
-        student.slot_id = student.tokenizer.get_vocab()[config.latent.slot]
-        student.latent_loops = config.latent.loops
+    if config.latent.stages:
+        ids, last = latent_ids(student.tokenizer, config.latent), config.latent.stages[-1]
+        loops = config.latent.loops if config.latent.mode == "continuous" else 0
+        student.latent = LatentSpans(ids.begin, ids.slot, num_slots=last.steps * last.slots, loops=loops)
     return student
 
 

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Co
 from raykd.config import StudentConfig
 from raykd.student.generation import Generated, generate, halt_probabilities, refine
 from raykd.student.heads import make_heads
+from raykd.student.latent import LatentSpans
 from raykd.student.model import Student, load_student
 from tests.student.test_model import SMALL, VOCAB, random_ids, save_tokenizer
 
@@ -183,6 +184,37 @@ def test_generating_leaves_the_student_as_it_was(folder):
     assert student.training
     assert student.model.training
     assert all(parameter.grad is None and parameter.requires_grad for parameter in student.parameters())
+
+
+def thinking(student: Student, given: list[np.ndarray], loops: int) -> LatentSpans:
+    """Spans that open at what the student would write as its second token in the first row."""
+    return LatentSpans(begin_id=int(write(student, given)[0].ids[1]), slot_id=VOCAB - 1, num_slots=3, loops=loops)
+
+
+@pytest.mark.parametrize("loops", [0, 9])  # as many passes as slots: exactly what one by one gives
+def test_what_follows_a_latent_span_is_what_training_sees_there(folder, loops):
+    student, given = load(folder), prompts(6, 3)
+    spans = student.latent = thinking(student, given, loops)
+    first, other = write(student, given, max_tokens=12, eos_ids=[])
+    assert first.ids[1:5].tolist() == [spans.begin_id] + [spans.slot_id] * 3
+    for prompt, row in ((given[0], first), (given[1], other)):
+        ids = torch.from_numpy(np.concatenate([prompt, row.ids]).astype(np.int64))[None]
+        with torch.no_grad():
+            logits = student.eval()(ids).hidden @ student.head_weight.T
+        expected = logits[0, len(prompt) - 1 : -1].log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0].numpy()
+        is_slot = row.ids == spans.slot_id
+        assert np.isnan(row.logprobs).tolist() == is_slot.tolist()
+        np.testing.assert_allclose(row.logprobs[~is_slot], expected[~is_slot], atol=2e-4)
+
+
+def test_spans_in_a_prompt_hold_the_states_that_they_held_when_they_were_written(folder):
+    student, given = load(folder), prompts(6)
+    student.latent = thinking(student, given, loops=9)
+    (whole,) = write(student, given, max_tokens=12, eos_ids=[])
+    longer = np.concatenate([given[0], whole.ids[:5]])  # up to the last slot
+    continued = write(student, [longer, given[0]], max_tokens=7, eos_ids=[])[0]
+    assert continued.ids.tolist() == whole.ids[5:].tolist()
+    np.testing.assert_allclose(continued.logprobs, whole.logprobs[5:], atol=2e-4)
 
 
 def test_edges_of_what_can_be_asked(folder):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFas
 from transformers.masking_utils import create_causal_mask
 
 from raykd.config import StudentConfig
+from raykd.student.latent import LatentSpans
 from raykd.student.model import Student, count_parameters, load_student, student_config
 
 VOCAB = 48
@@ -165,7 +167,7 @@ def test_new_tokens_get_rows_once_and_a_saved_student_keeps_what_training_made_o
 @torch.no_grad()
 def test_passes_that_fill_slots_look_no_further_than_the_last_one(folder):
     student, ids = load(folder), random_ids(2, 9)
-    student.slot_id, student.latent_loops = 47, 2
+    student.latent = LatentSpans(begin_id=46, slot_id=47, num_slots=2, loops=2)
     ids[ids == 47] = 46
     plain = load(folder)(ids).hidden
     assert student.latent_width(ids) == 0
@@ -180,7 +182,7 @@ def test_passes_that_fill_slots_look_no_further_than_the_last_one(folder):
     hook.remove()
     assert seen == [5, 5, 9]
     torch.testing.assert_close(narrow, student(ids).hidden)
-    student.latent_loops = 0  # mask mode
+    student.latent = replace(student.latent, loops=0)  # mask mode
     assert student.latent_width(ids) == 0
 
 

@@ -95,6 +95,20 @@ def test_rows_carry_prompt_response_advantage_and_the_teachers_length(words):
     assert not batch.has_teacher.any()
 
 
+def test_latent_slots_of_an_answer_are_inputs_and_no_choice_of_the_students(words):
+    tokenizer, _ = words
+    thought = Generated(np.array([40, 50, 50, 41, EOS], np.int32), np.array([-1, np.nan, np.nan, -2, -3], np.float32), True)
+    made = rollout_examples(
+        [TWO_TURNS], tokenizer, RolloutConfig(samples=2), sample=lambda prompts: [thought, answer(42, EOS)],
+        score=lambda texts, teachers: np.array([1.0, 0.0]), eos_ids={EOS},
+    )  # fmt: skip
+    latent = int(Mark.LATENT)
+    assert made.examples[0].marks.tolist() == [0, 0, R, latent, latent, R, R]
+    batch = collate_kd_batch(made.examples, pad_id=0)
+    assert batch.response_ids.tolist() == [40, 41, EOS, 42, EOS]
+    assert batch.response_old_logprob[:3].tolist() == [-1, -2, -3]
+
+
 def test_a_score_that_is_no_number_is_refused(words):
     tokenizer, _ = words
     with pytest.raises(ValueError, match="reward of a response is nan"):
