@@ -1,6 +1,6 @@
 # Every target sets the project up first (scripts/setup.sh; a second time it takes no time).
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint report bench
+.PHONY: help setup demo demo_all losses test lint report bench
 
 PYTHON := .venv/bin/python
 # Settings for a teacher on the CPU and for a quiet local Ray; a real cluster sets its own.
@@ -11,13 +11,19 @@ export WANDB_MODE ?= offline
 export HF_HUB_OFFLINE ?= 1
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z_]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: ## make .venv with everything in it
 	@scripts/setup.sh
 
 demo: setup ## distil the demo student from the live demo teacher, judge it, write the report (about 10 minutes on 2 cores)
 	@scripts/demo.sh
+
+demo_all: setup ## the demo with every loss on (about 15 minutes on 2 cores)
+	@scripts/demo.sh all
+
+losses: setup ## what every loss does, alone: bench/losses.md
+	@$(PYTHON) scripts/loss_table.py
 
 test: setup lint ## ruff, pyright, pytest
 	@$(PYTHON) -m pytest

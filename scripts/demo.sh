@@ -2,14 +2,24 @@
 # The whole system on one small machine: prompts -> live vLLM teacher -> student, judged, with a report.
 #
 #   make demo                                 as is
-#   scripts/demo.sh train.learning_rate=1e-3  with other options (any key of raykd/config.py)
+#   make demo_all                             with every loss on, and rows that hold their responses beside the prompts
+#   scripts/demo.sh [all] train.learning_rate=1e-3   with other options (any key of raykd/config.py)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
 started=$(date +%s)
 
+configs=(configs/demo.yaml)
+run=demo
+if [ "${1:-}" = all ]; then
+    shift
+    configs+=(configs/demo_all.yaml)
+    run=demo-all
+    [ -f runs/demo-prompts/offline.jsonl ] || $python -m raykd.demo.offline --out runs/demo-prompts/offline.jsonl --rows 900
+fi
+
 [ -f runs/demo-prompts/train.jsonl ] || $python -m raykd.demo.corpus --out runs/demo-prompts --train 7500
-rm -rf runs/demo
-$python -m raykd.train --config configs/demo.yaml "$@"
-$python -m raykd.evaluate --config configs/demo.yaml "$@"
-echo "The demo took $((($(date +%s) - started) / 60)) min $((($(date +%s) - started) % 60)) s. Report: runs/demo/report/report.html"
+rm -rf "runs/$run"
+$python -m raykd.train --config "${configs[@]}" "$@"
+$python -m raykd.evaluate --config "${configs[@]}" "$@"
+echo "The demo took $((($(date +%s) - started) / 60)) min $((($(date +%s) - started) % 60)) s. Report: runs/$run/report/report.html"

@@ -130,6 +130,28 @@ def test_an_interrupted_run_ends_with_the_same_bits_as_an_undisturbed_one(studen
     assert np.array_equal(rest.consumed, whole.consumed)
 
 
+@pytest.mark.parametrize("kind", ["token", "run"])
+def test_kd_is_weighted_by_entropy_once_the_range_is_measured_also_across_an_interruption(student_path, tmp_path, kind):
+    loss = {"ce_teacher": 0, "tool_name": 0, "kd_entropy": kind, "kd_entropy_calibration_steps": 2, "kd_entropy_floor": 0.25}
+    config = make_config(student_path, loss=loss)
+    rows = make_rows(48)
+    whole, logged = run(config, tmp_path / "whole", [rows], num_steps=6)
+    totals = [0, *(metrics["response_tokens"] for _, metrics in logged if "response_tokens" in metrics)]
+    tokens = np.diff(totals)  # of each step
+    shares = [metrics["count/kd"] / number for (_, metrics), number in zip(logged, tokens, strict=True)]
+    assert shares[:2] == [1.0, 1.0], "the range is still being measured"
+    if kind == "token":
+        assert all(0.25 < share < 0.95 for share in shares[2:])
+    else:  # the weight of the loss, and not that of a token
+        assert shares == [1.0] * 6
+        assert 0.25 <= whole.losses_now().kd < 1.0
+    steps: list[int] = []
+    run(config, tmp_path / "parts", [rows], num_steps=6, stop=lambda: bool(steps.append(0)) or len(steps) > 3)
+    resumed, _ = run(config, tmp_path / "parts", [rows], num_steps=6)
+    assert resumed.loss_state == whole.loss_state
+    assert largest_difference(weights(whole), weights(resumed)) == 0
+
+
 def test_a_step_that_is_no_number_is_skipped_counted_and_kept(student_path, tmp_path):
     bad = make_rows(8, seed=1)
     bad = replaced(bad, "log_tail", [[math.nan] * len(tail) for tail in bad["log_tail"].to_pylist()])
