@@ -34,7 +34,7 @@ from raykd.data.curriculum import Curriculum
 from raykd.data.examples import Wanted, build_examples, example_from_row, examples_to_table
 from raykd.data.offline_rows import RowReader
 from raykd.data.pairs import begins_row, numbered
-from raykd.data.text_scores import text_rewards
+from raykd.data.text_scores import judge
 from raykd.demo.corpus import generate as generate_prompts
 from raykd.demo.grade import grade_texts
 from raykd.demo.offline import generate_rows
@@ -230,7 +230,7 @@ def sampled(trainer: Trainer, feed: Feed, world: World, table: pa.Table, seed: i
             trainer.student, prompts, max_tokens=options.max_tokens, temperature=options.temperature, seed=seed,
             eos_ids=world.eos_ids,
         ),
-        score=lambda texts, teachers: text_rewards(texts, teachers, caws=options.caws, claims=options.claims),
+        score=lambda texts, teachers: judge(texts, teachers, caws=options.caws, claims=options.claims),
         eos_ids=world.eos_ids,
     )  # fmt: skip
     numbers = {"reward": float(made.rewards.sum()), "rollouts": float(made.rewards.size)}

@@ -12,11 +12,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from raykd.data.claims import claim_score, latent_spans
 from raykd.data.code_mode import code_mode_spans, fenced_blocks
+from raykd.data.extractors import ToolCall, extract_tool_calls
 from raykd.data.json_tree import parse
 
 TIERS = {1: (0, 1), 2: (1, 2), 3: (3, 3)}
@@ -86,17 +88,42 @@ def _has_object(text: str) -> bool:
     return False
 
 
-def text_rewards(
-    texts: Sequence[str], teacher_texts: Sequence[str], *, caws: float, claims: float, tier: int = 2
-) -> np.ndarray:
-    """Reward [R] of each response: caws * compliance + claims * claim reward, float64.
+class Judged(NamedTuple):
+    """R responses beside the teacher's to the same prompts."""
+
+    reward: np.ndarray  # float64 [R]
+    complete: np.ndarray  # bool [R], see `holds_calls`
+
+
+def holds_calls(text: str, teacher_text: str) -> bool:
+    """Whether a response makes every call that the teacher makes, with at least the argument names that the teacher gives.
+
+    False where the teacher makes none: what such a text must hold is not known.
+    """
+    needed = [_call_of(call) for call in extract_tool_calls(teacher_text) if not call.truncated]
+    made = [_call_of(call) for call in extract_tool_calls(text) if not call.truncated]
+    for name, keys in needed:
+        found = next((place for place, (other, given) in enumerate(made) if other == name and keys <= given), None)
+        if found is None:
+            return False
+        del made[found]
+    return bool(needed)
+
+
+def _call_of(call: ToolCall) -> tuple[str, set[str]]:
+    return call.name, set(call.arguments) if isinstance(call.arguments, dict) else set()
+
+
+def judge(texts: Sequence[str], teacher_texts: Sequence[str], *, caws: float, claims: float, tier: int = 2) -> Judged:
+    """The reward caws * compliance + claims * claim reward of each response, and whether it is complete.
 
     Where the teacher made no claims the second part is 0, for all responses to the prompt alike.
     """
-    rewards = np.zeros(len(texts))
+    reward = np.zeros(len(texts))
     if caws:
-        rewards += [caws * caws_compliance(text, tier).score for text in texts]
+        reward += [caws * caws_compliance(text, tier).score for text in texts]
     if claims:
         scores = np.array([claim_score(*pair).reward for pair in zip(texts, teacher_texts, strict=True)])
-        rewards += claims * np.nan_to_num(scores, nan=0.0)
-    return rewards
+        reward += claims * np.nan_to_num(scores, nan=0.0)
+    complete = [holds_calls(*pair) for pair in zip(texts, teacher_texts, strict=True)]
+    return Judged(reward, np.array(complete, dtype=bool))

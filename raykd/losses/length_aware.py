@@ -19,10 +19,9 @@ def stop_weight(response_ids: Tensor, source: Tensor, eos_id: int) -> Tensor:
     return ((response_ids == eos_id) & (source != Source.STUDENT)).float()
 
 
-def excess_weight(target_length: Tensor, present: Tensor | None = None) -> Tensor:
-    """Weight [B]: 1 on rollouts, unless what was asked for is `present` (completeness excuses length)."""
-    counted = target_length > 0  # False for NaN
-    return (counted if present is None else counted & ~present).float()
+def excess_weight(target_length: Tensor) -> Tensor:
+    """Weight [B]: 1 on rollouts with a target length; complete ones have none (completeness excuses length)."""
+    return (target_length > 0).float()  # False for NaN
 
 
 def expected_length(eos_logprob: Tensor, sequence_of_token: Tensor, num_sequences: int) -> Tensor:
@@ -46,7 +45,6 @@ def length_aware_kd_loss(
     is_stop: Tensor,
     sequence_of_token: Tensor,
     target_length: Tensor,
-    present: Tensor | None = None,
     *,
     hinge: float = 0.15,
     slope: float = 1.0,
@@ -60,13 +58,13 @@ def length_aware_kd_loss(
         eos_logprob: [N] student log-probability of EOS at each token, nats; tokens of a sequence are neighbours, in order.
         is_stop: [N] `stop_weight`.
         sequence_of_token: [N] row of the token's sequence, in [0, B).
-        target_length: [B] response tokens of the teacher for a rollout's prompt; NaN for rows that are no rollouts.
-        present: [B] bool, rollouts whose call already holds all that the tool requires: never penalised.
+        target_length: [B] response tokens of the teacher for a rollout's prompt; NaN for rows that are no rollouts, and for
+            those that hold all that was asked for: never penalised.
 
     The count is stops + penalised rollouts. `is_stop` is 0 on rollouts, so a sequence is one or the other.
     """
     stops = masked_sum(-eos_logprob, is_stop)
-    weight = excess_weight(target_length, present)
+    weight = excess_weight(target_length)
     # Tokens that are on no counted rollout must not be looked at.
     of_rollout = weight[sequence_of_token] > 0
     lengths = expected_length(eos_logprob.masked_fill(~of_rollout, -1.0), sequence_of_token, len(target_length))

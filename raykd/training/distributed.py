@@ -39,7 +39,7 @@ from raykd.data.pairs import begins_row
 from raykd.data.prompt_rows import load_tokenizer
 from raykd.data.sources import PromptSet, RowCounts
 from raykd.data.stream import build_dataset
-from raykd.data.text_scores import text_rewards
+from raykd.data.text_scores import Judged, judge
 from raykd.student.generation import Generated, generate
 from raykd.student.model import student_config
 from raykd.tracing import Tracer, quiet_ray
@@ -303,20 +303,21 @@ def rollouts_of(trainer: Trainer, feed: Feed, eos_ids: list[int]) -> KeptRollout
 
 
 def score_in_ray(config: Config, num_tasks: int = 4) -> Score:
-    """What rewards sampled responses (data/text_scores.py) in that many Ray tasks, on any CPU of the cluster.
+    """What judges sampled responses (data/text_scores.py) in that many Ray tasks, on any CPU of the cluster.
 
     The tasks ask for no logical CPU: the stream's actors may hold all of them, and wait for this step in their turn.
     """
     outside = PlacementGroupSchedulingStrategy(placement_group=None)  # pyright: ignore[reportArgumentType]: none of ours
     remote: Any = ray.remote(num_cpus=0, scheduling_strategy=outside)  # its stub knows no keyword arguments
-    task = remote(text_rewards)
+    task = remote(judge)
     options = {"caws": config.rollouts.caws, "claims": config.rollouts.claims, "tier": config.loss.caws_tier}
 
-    def score(texts: list[str], teacher_texts: list[str]) -> np.ndarray:
+    def score(texts: list[str], teacher_texts: list[str]) -> Judged:
         size = max(1, -(-len(texts) // num_tasks))
         chunks = [slice(start, start + size) for start in range(0, len(texts), size)]
         parts = ray.get([task.remote(texts[chunk], teacher_texts[chunk], **options) for chunk in chunks])
-        return np.concatenate([np.empty(0), *parts])
+        nothing = judge([], [], **options)
+        return Judged(*(np.concatenate(columns) for columns in zip(nothing, *parts, strict=True)))
 
     return score
 

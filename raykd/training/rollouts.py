@@ -18,6 +18,7 @@ import pyarrow as pa
 import torch
 
 from raykd.data.detokenize import decode_tokens
+from raykd.data.text_scores import Judged
 from raykd.loss_config import RolloutConfig
 from raykd.losses.scored import leave_one_out_advantages
 from raykd.student.generation import Generated
@@ -25,8 +26,8 @@ from raykd.types import Batch, Example, Mark, Source
 
 Sample = Callable[[list[np.ndarray]], Sequence[Generated]]
 """One sampled response (the end-of-turn token included) to each prompt [P] of ids."""
-Score = Callable[[list[str], list[str]], np.ndarray]
-"""Rewards [R] of responses beside the teacher's response to the same prompt, both without end-of-turn token."""
+Score = Callable[[list[str], list[str]], Judged]
+"""Judges responses beside the teacher's response to the same prompt, both without end-of-turn token."""
 
 
 class Rollouts(NamedTuple):
@@ -77,7 +78,8 @@ def rollout_examples(
     """`config.samples` responses of the student to the prompt of each example, up to its first response token.
 
     The advantage of a response is its reward less the mean of the others to the same prompt (leave-one-out). The reward is
-    `score` less `config.length` times the excess over the teacher's length, as a share of it.
+    `score` less `config.length` times the excess over the teacher's length, as a share of it. A complete response may be as
+    long as it likes: nothing is taken off its reward, and it has no target length.
 
     Raises ValueError where a score is not finite.
     """
@@ -91,17 +93,19 @@ def rollout_examples(
     teacher_lengths = np.array([len(ids) for _, ids in prompts for _ in range(n)], dtype=np.int64)
     teacher_texts = [_text(tokenizer, ids, eos_ids) for _, ids in prompts]
     texts = [_text(tokenizer, response.ids, eos_ids) for response in responses]
-    rewards = np.asarray(score(texts, [text for text in teacher_texts for _ in range(n)]), dtype=np.float64)
+    rewards, complete = score(texts, [text for text in teacher_texts for _ in range(n)])
     if not np.isfinite(rewards).all():
         worst = int(np.flatnonzero(~np.isfinite(rewards))[0])
         raise ValueError(
             f"the reward of a response is {rewards[worst]}, expected a finite number; the response: {texts[worst]!r}"
         )
-    rewards = rewards - config.length * np.maximum(lengths / np.maximum(teacher_lengths, 1) - 1.0, 0.0)
+    excess = np.maximum(lengths / np.maximum(teacher_lengths, 1) - 1.0, 0.0)
+    rewards = rewards - config.length * np.where(complete, 0.0, excess)
     rewards = rewards.reshape(len(examples), n)
     advantages = leave_one_out_advantages(torch.from_numpy(rewards)).flatten().tolist()
+    targets = np.where(complete, np.nan, teacher_lengths).tolist()
     rows = [
-        _example(examples[index // n], prompt_ids[index], response, advantages[index], float(teacher_lengths[index]))
+        _example(examples[index // n], prompt_ids[index], response, advantages[index], targets[index])
         for index, response in enumerate(responses)
     ]
     return Rollouts(rows, rewards, lengths.reshape(len(examples), n))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 
 import numpy as np
 import pytest
 
-from raykd.data.text_scores import CawsCompliance, caws_compliance, caws_structure_score, text_rewards
+from raykd.data.text_scores import CawsCompliance, caws_compliance, caws_structure_score, holds_calls, judge
 
 CLEAN = CawsCompliance(0.0, 0.0, 0.0)
 
@@ -83,9 +84,33 @@ def test_parts_of_the_structure_count_as_they_say():
 def test_rewards_are_the_weighted_scores_and_no_claims_of_the_teacher_say_nothing():
     texts = ["Oslo has 700000 people.", "<bot>", "Oslo has 5 people."]
     teachers = ["Oslo has 700000 people.", "Hello there.", "Oslo has 700000 people."]
-    rewards = text_rewards(texts, teachers, caws=1.0, claims=2.0)
-    np.testing.assert_allclose(rewards, [1 + 2, math.exp(-1), 1 + 2 * 0.5])
-    assert text_rewards([], [], caws=1.0, claims=1.0).shape == (0,)
+    judged = judge(texts, teachers, caws=1.0, claims=2.0)
+    np.testing.assert_allclose(judged.reward, [1 + 2, math.exp(-1), 1 + 2 * 0.5])
+    assert judged.complete.tolist() == [False] * 3
+    assert [part.shape for part in judge([], [], caws=1.0, claims=1.0)] == [(0,), (0,)]
+
+
+def call(name: str, **arguments: object) -> str:
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("text", "complete"),
+    [
+        (call("book", day="Friday", guests=2), True),
+        ("Of course. " + call("book", guests=9, day="Sunday", outdoor=True), True),  # other values, and more of them
+        (call("book", day="Friday"), False),
+        (call("order", day="Friday", guests=2), False),
+        (call("book", day="Friday", guests=2)[:-20], False),  # cut off
+        ("I have booked it for Friday.", False),
+    ],
+)
+def test_a_response_with_the_teachers_calls_and_their_arguments_is_complete(text, complete):
+    teacher = call("book", day="Monday", guests=4)
+    assert holds_calls(text, teacher) is complete
+    assert holds_calls(text + text, teacher + teacher) is complete
+    assert not holds_calls(call("book", day="Friday", guests=2), teacher + teacher), "one call for two"
+    assert not holds_calls(text, "Hello."), "nothing was asked for that could be complete"
 
 
 @pytest.mark.parametrize("piece", ["Step 1:", "# ", "**a", "- ", "<bot>", "{", "```", "but "])

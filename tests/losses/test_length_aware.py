@@ -62,8 +62,8 @@ def test_excess_beyond_the_hinge_costs_its_slope():
 
 def test_completeness_excuses_length():
     eos = logs(0.0, 0.0, 0.0, 0.0)
-    rows, targets = torch.tensor([0, 0, 1, 1]), torch.tensor([1.0, 1.0])
-    loss = length_aware_kd_loss(eos, torch.zeros(4), rows, targets, torch.tensor([True, False]), hinge=0.0)
+    rows, targets = torch.tensor([0, 0, 1, 1]), torch.tensor([NAN, 1.0])  # the first is complete
+    loss = length_aware_kd_loss(eos, torch.zeros(4), rows, targets, hinge=0.0)
     assert (loss.sum.item(), loss.count) == (1.0, 1.0)
 
 

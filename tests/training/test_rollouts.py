@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from raykd.config import Config
 from raykd.data.collate import collate_kd_batch
 from raykd.data.examples import examples_to_table
+from raykd.data.text_scores import Judged
 from raykd.loss_config import RolloutConfig
 from raykd.losses.context import LossContext
 from raykd.losses.head import head_logprobs
@@ -51,6 +52,10 @@ def answer(*ids: int) -> Generated:
     return Generated(np.array(ids, np.int32), -np.array(ids, np.float32) / 10, ended=ids[-1] == EOS)
 
 
+def incomplete(rewards: list[float]) -> Judged:
+    return Judged(np.array(rewards), np.zeros(len(rewards), dtype=bool))
+
+
 TWO_TURNS = example(7, [10, 11, 20, 21, EOS, 12, 22], [0, 0, R, R, R, 0, R])
 WITH_SLOTS = example(8, [10, 20, 30, 21], [0, R, int(Mark.LATENT), R])
 
@@ -70,9 +75,9 @@ def test_rows_carry_prompt_response_advantage_and_the_teachers_length(words):
         asked.extend(prompt.tolist() for prompt in prompts)
         return [answer(40, EOS), answer(41, 42, 43, 44, 45, 46), answer(EOS), answer(50)]
 
-    def score(texts: list[str], teacher_texts: list[str]) -> np.ndarray:
+    def score(texts: list[str], teacher_texts: list[str]) -> Judged:
         scored.append((texts, teacher_texts))
-        return np.array([1.0, 0.5, 0.0, 2.0])
+        return Judged(np.array([1.0, 0.5, 0.0, 2.0]), np.array([False, False, True, False]))
 
     config = RolloutConfig(samples=2, length=0.25)
     rows, rewards, lengths = rollout_examples(
@@ -86,6 +91,7 @@ def test_rows_carry_prompt_response_advantage_and_the_teachers_length(words):
     assert lengths.tolist() == [[2, 6], [1, 1]]
     first = rows[0]
     assert (first.uid, first.source, first.target_length) == (7, Source.STUDENT, 3.0)
+    assert math.isnan(rows[2].target_length), "a complete response may be as long as it likes"
     assert first.input_ids.tolist() == [10, 11, 40, EOS]
     assert first.marks.tolist() == [0, 0, R, R]
     batch = collate_kd_batch(rows, pad_id=0)
@@ -100,7 +106,7 @@ def test_latent_slots_of_an_answer_are_inputs_and_no_choice_of_the_students(word
     thought = Generated(np.array([40, 50, 50, 41, EOS], np.int32), np.array([-1, np.nan, np.nan, -2, -3], np.float32), True)
     made = rollout_examples(
         [TWO_TURNS], tokenizer, RolloutConfig(samples=2), sample=lambda prompts: [thought, answer(42, EOS)],
-        score=lambda texts, teachers: np.array([1.0, 0.0]), eos_ids={EOS},
+        score=lambda texts, teachers: incomplete([1.0, 0.0]), eos_ids={EOS},
     )  # fmt: skip
     latent = int(Mark.LATENT)
     assert made.examples[0].marks.tolist() == [0, 0, R, latent, latent, R, R]
@@ -117,7 +123,7 @@ def test_a_score_that_is_no_number_is_refused(words):
             tokenizer,
             RolloutConfig(samples=2),
             sample=lambda prompts: [answer(5) for _ in prompts],
-            score=lambda texts, teacher_texts: np.array([1.0, math.nan]),
+            score=lambda texts, teacher_texts: incomplete([1.0, math.nan]),
             eos_ids={EOS},
         )
 
@@ -129,8 +135,8 @@ def test_thirty_steps_of_policy_gradient_raise_the_reward(words):
     optimizer = torch.optim.Adam(student.parameters(), lr=1e-2)
     prompts = [example(uid, [uid, 5, 9], [0, 0, R]) for uid in range(10, 18)]
 
-    def score(texts: list[str], teacher_texts: list[str]) -> np.ndarray:
-        return np.array([text.split().count("w33") / 4 for text in texts])
+    def score(texts: list[str], teacher_texts: list[str]) -> Judged:
+        return incomplete([text.split().count("w33") / 4 for text in texts])
 
     means = []
     for step in range(30):
@@ -185,7 +191,7 @@ def answering(trainer: Trainer, feed: Feed) -> KeptRollouts:
             sample=partial(
                 generate, trainer.student, max_tokens=options.max_tokens, temperature=1.0, seed=step, eos_ids=[EOS]
             ),
-            score=lambda texts, teacher_texts: np.array(
+            score=lambda texts, teacher_texts: incomplete(
                 [sum(int(word[1:]) for word in text.split()) / 99 for text in texts]
             ),
             eos_ids={EOS},
@@ -272,5 +278,6 @@ def test_scores_come_from_ray_tasks_in_order(words, ray_cluster):
     score = score_in_ray(Config.model_validate(config.model_dump() | {"rollouts": rollouts.model_dump()}))
     texts = ["Fine.", "", "<bot>Fine.", "Fine.", "But fine."]
     found = score(texts, [""] * 5)
-    np.testing.assert_allclose(found, np.exp([0, -1.5, -1.0, 0, -0.15]))
-    assert score([], []).shape == (0,)
+    np.testing.assert_allclose(found.reward, np.exp([0, -1.5, -1.0, 0, -0.15]))
+    assert found.complete.tolist() == [False] * 5
+    assert [part.shape for part in score([], [])] == [(0,), (0,)]
