@@ -101,6 +101,8 @@ EXAMPLE_SCHEMA = pa.schema(
         ("teacher_id", pa.string()),
         ("num_calls", pa.int32()),  # tool calls found in the response
         ("num_truncated_calls", pa.int32()),  # calls that the end of the text cut off
+        ("cot_steps", pa.list_(pa.string())),  # reasoning steps of the response as the data names them; none: found in it
+        ("missing", pa.string()),  # "loss:reason loss:reason": why losses that look for targets found none in the row
         ("tool_name_weight", pa.float32()),  # trust in the tool names of the row: 1, less where they were guessed
         ("quality", pa.float32()),  # score of the response in [0, 1]; NaN: none
         ("advantage", pa.float32()),  # of a response sampled from the student; NaN: none
@@ -140,6 +142,8 @@ class Example:
     held_out: bool = False
     num_calls: int = 0
     num_truncated_calls: int = 0
+    cot_steps: np.ndarray = field(default_factory=lambda: np.empty(0, object))  # str [any number]
+    missing: str = ""
     tool_name_weight: float = 1.0
     quality: float = math.nan
     advantage: float = math.nan
@@ -198,6 +202,8 @@ class Batch:
         default_factory=_no_floats
     )  # float32 [N] under the weights that sampled the token; NaN: not sampled
     tool_name_weight: torch.Tensor = field(default_factory=_no_floats)  # float32 [N] of the token's sequence
+    rollout_row: torch.Tensor = field(default_factory=_no_ints)  # int64 [R], index into the N of tokens with a target length
+    pair_row: torch.Tensor = field(default_factory=_no_ints)  # int64 [Q], index into the N of tokens of sequences in pairs
     turn_first: torch.Tensor = field(default_factory=_no_ints)  # int64 [F], index into the N of each turn's first token
     turn_has_call: torch.Tensor = field(default_factory=_no_bools)  # bool [N], the token's turn holds a tool call
     index_in_turn: torch.Tensor = field(default_factory=_no_ints)  # int64 [N], of the token; -1 at <bot> and <eot>

@@ -69,6 +69,8 @@ def collate_kd_batch(examples: pa.Table | Sequence[Example], pad_id: int) -> Bat
         response_advantage=_scalar(table, "advantage")[response_row],
         response_old_logprob=torch.from_numpy(_pack_sampled(table, response_row)),
         tool_name_weight=_scalar(table, "tool_name_weight")[response_row],
+        rollout_row=torch.from_numpy(np.flatnonzero(table["target_length"].to_numpy()[response_row] > 0)),
+        pair_row=torch.from_numpy(np.flatnonzero(table["pair"].to_numpy()[response_row])),
         **_pack_turns(flat_marks, row_of_token),
         **_pack_sets(table, response_index, width),
         **_pack_grammar(table, response_index, width),

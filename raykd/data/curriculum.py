@@ -83,7 +83,8 @@ class Curriculum:
         for index, step in enumerate(steps):
             example, stage = example_from_row(examples, index), stage_at(self.stages, step)
             if stage is not None:
-                example = rewrite(example, stage, self.ids, curriculum_rng(self.seed, example.uid, 0), self.tokenizer)
+                rng, named = curriculum_rng(self.seed, example.uid, 0), example.cot_steps.tolist() or None
+                example = rewrite(example, stage, self.ids, rng, self.tokenizer, cot_steps=named)
             rewritten.append(example)
         table = examples_to_table(rewritten)
         for name in ("teacher_seconds", "teacher_wait_seconds"):  # which an `Example` does not know

@@ -226,6 +226,7 @@ def _build(row: _Row, tokenizer: Any, wanted: Wanted) -> Example:
         held_out=row.held_out,
         num_calls=whole.num_calls,
         num_truncated_calls=whole.num_truncated_calls,
+        missing=" ".join(f"{loss}:{reason}" for loss, reason in whole.missing.items()),
         quality=_quality(messages) if row.response_mask is not None else math.nan,
         halt_targets=halting.halt,
         set_position=whole.sets.position + np.int32(num_prompt),
@@ -323,7 +324,7 @@ def example_from_row(table: pa.Table, index: int) -> Example:
     row: dict[str, Any] = {}
     for field in EXAMPLE_SCHEMA:
         cell = table[field.name][index]
-        row[field.name] = cell.values.to_numpy() if pa.types.is_list(field.type) else cell.as_py()
+        row[field.name] = cell.values.to_numpy(zero_copy_only=False) if pa.types.is_list(field.type) else cell.as_py()
     del row["teacher_seconds"], row["teacher_wait_seconds"]
     top_k, layers = row.pop("top_k"), row.pop("num_teacher_layers")
     num_tokens = len(row["input_ids"])

@@ -18,6 +18,7 @@ In:  a row as read from JSONL or Parquet. Out: its fields by name, checked array
 | `tool_result_fields` as an object | metadata | results of tools seen before the response, by field |
 | `loop_index`, `max_loops`, `judge_score`, `prev_score`, `curriculum_stage` | metadata | a refinement loop, for halting |
 | `tool_name_ids`, `gold_json_text_ids`, `tool_result_fields`, their masks | top | ids of pieces of text: compared only |
+| `cot_steps` | top | reasoning steps of the response, word for word, for the latent curriculum; none: lines "Step 1: ..." |
 | `uid`, `teacher_id`, `finish_reason`, `response_source` | top | as in the stream; the last: gold, teacher or student |
 
 A row with `messages` that end with an assistant turn, and no `teacher_text`, is a whole recorded conversation: all its
@@ -45,11 +46,12 @@ _TOP_FIELDS = """
     log_tail top_k teacher_logits teacher_quality_score teacher_hidden_states tool_name_source spans tool_name_ids
     tool_name_mask gold_json_text_ids mask_valid_json_tokens tool_result_fields integration_mask uid teacher_id finish_reason
     response_source training_text loss_mask teacher_reasoning teacher_reasoning_content
+    cot_steps
 """
 _METADATA_FIELDS = "span_targets tool_results loop_index max_loops judge_score prev_score curriculum_stage"
 _CARRIED_FIELDS = """
     metadata process_supervision id key role task_type caws_level source augmented_prompt caws_context evidence_manifest
-    provenance_chain tool_calls latent_curriculum ir_ready gap_fill_metadata student_target_ids cot_steps answer
+    provenance_chain tool_calls latent_curriculum ir_ready gap_fill_metadata student_target_ids answer
 """
 TOP_FIELDS = frozenset(_TOP_FIELDS.split())
 METADATA_FIELDS = frozenset(_METADATA_FIELDS.split())

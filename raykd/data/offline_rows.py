@@ -157,6 +157,11 @@ class RowReader:
                     "`teacher_hidden_states` is null in part at a token: expected a whole state, or none in all layers"
                 )
             columns["teacher_hidden"] = states.astype(np.float16)
+        if "cot_steps" in fields:
+            steps = fields["cot_steps"]
+            if not isinstance(steps, list) or not all(isinstance(step, str) and step.strip() for step in steps):
+                raise RowError(f"`cot_steps` is {kind(steps)}, expected a list of texts, word for word as in the response")
+            columns["cot_steps"] = np.array(steps, object)
         if "loop_index" in fields:
             columns["halt_targets"] = np.array([_halt_target(fields, self.halt)], np.float32)
         return columns
@@ -338,5 +343,5 @@ def _complete(example: Example, row: _OfflineRow) -> Example:
     if "halt_targets" in columns:
         marks[np.flatnonzero(marks & Mark.RESPONSE)[-1]] |= np.uint16(Mark.DECISION)
     if row.spans is not None:
-        columns["num_calls"] = len(row.spans.calls)
+        columns |= {"num_calls": len(row.spans.calls), "missing": ""}  # what was missing in the text may be given
     return replace(example, uid=row.uid, marks=marks, source=example.source if row.source is None else row.source, **columns)

@@ -268,10 +268,17 @@ def join_turns(starts: Sequence[int], turns: Sequence[TurnTargets], length: int)
     )
 
 
-def count_missing(targets: Sequence[TurnTargets]) -> dict[str, Counter[str]]:
-    """For each loss, how many samples have none of its targets, by reason."""
-    counts: dict[str, Counter[str]] = {}
-    for target in targets:
-        for loss, reason in target.missing.items():
-            counts.setdefault(loss, Counter())[reason] += 1
-    return counts
+def describe_missing(counts: Mapping[str, int]) -> dict[str, list[str]]:
+    """For each loss why samples have none of its targets, and how many, the most frequent reason first.
+
+    `counts`: number of samples by `Example.missing`.
+    """
+    by_loss: dict[str, Counter[str]] = {}
+    for combination, number in counts.items():
+        for entry in combination.split():
+            loss, reason = entry.split(":")
+            by_loss.setdefault(loss, Counter())[reason] += number
+    return {
+        loss: [f"{REASONS[reason]} ({number:,})" for reason, number in reasons.most_common()]
+        for loss, reasons in sorted(by_loss.items())
+    }

@@ -19,7 +19,7 @@ from raykd.losses.full import full_kd_loss, full_kd_states, full_kd_weight
 from raykd.losses.grammar import json_grammar_loss, json_grammar_weight
 from raykd.losses.head import head_logprobs
 from raykd.losses.intermediate import intermediate_layer_loss, intermediate_weight
-from raykd.losses.length_aware import excess_weight, length_aware_kd_loss
+from raykd.losses.length_aware import length_aware_kd_loss
 from raykd.losses.sweep import code_mode, early_weights, sequence_of_token
 from raykd.types import Batch, SetKind, StudentOutput
 
@@ -143,8 +143,7 @@ def _full_kd_sum(batch: Batch, hidden: Tensor, head: Head, config: LossConfig, c
 
 def _excess_sum(batch: Batch, hidden: Tensor, head: Head, config: LossConfig, context: LossContext) -> Tensor:
     """The rollout part of length_aware: tokens of sequences with a target length."""
-    rows = sequence_of_token(batch)
-    chosen = (excess_weight(batch.target_length)[rows] > 0).nonzero()[:, 0]
+    rows, chosen = sequence_of_token(batch), batch.rollout_row
     assert context.eos_id is not None, "length_aware without the id that ends a turn"
     eos = torch.full_like(chosen, context.eos_id)[:, None]
     logprobs = _logprobs(hidden[chosen], head, eos)[:, 0]
@@ -160,8 +159,7 @@ def _excess_sum(batch: Batch, hidden: Tensor, head: Head, config: LossConfig, co
 
 def _pair_sum(batch: Batch, hidden: Tensor, head: Head, config: LossConfig) -> Tensor:
     """The preference between the sequences of pairs; their tokens have no weight in the sweep."""
-    rows = sequence_of_token(batch)
-    chosen = ((batch.pair != 0) & ~batch.reference_logprob.isnan())[rows].nonzero()[:, 0]
+    rows, chosen = sequence_of_token(batch), batch.pair_row
     logprobs = _logprobs(hidden[chosen], head, batch.response_ids[chosen][:, None])[:, 0]
     unmarked = torch.zeros_like(chosen)
     return code_mode(config)(logprobs, unmarked, rows[chosen], batch.pair, batch.reference_logprob).sum

@@ -71,7 +71,7 @@ def inverse_frequency(frequency: Sequence[float], limit: float = 10.0) -> tuple[
 
 def num_refined(sequence: Tensor) -> Tensor:
     """Number of sequences with a decision point: the count of `expected_loops`. `sequence` [D] as there."""
-    return torch.tensor(sequence.unique().numel(), dtype=torch.float32, device=sequence.device)
+    return (sequence[1:] != sequence[:-1]).float().sum() + float(len(sequence) > 0)
 
 
 def expected_loops(halt_logits: Tensor, sequence: Tensor) -> TokenLoss:

@@ -7,6 +7,7 @@ Out: lists of `Batch`, one list per optimizer step.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
@@ -39,6 +40,7 @@ class Feed:
     def __init__(self, tables: Iterator[pa.Table], rows_per_step: int, max_tokens: int, pad_id: int):
         """`max_tokens`: padded tokens of a micro-batch. `tables` may be endless; nothing is read before `next_step`."""
         self.held_out: list[pa.Table] = []
+        self.missing: Counter[str] = Counter()  # training rows by `Example.missing`
         self._tables = tables
         self._rows_per_step = rows_per_step
         self._max_tokens = max_tokens
@@ -58,6 +60,7 @@ class Feed:
         end = int(starts[self._rows_per_step]) if len(starts) > self._rows_per_step else len(self._waiting)
         rows, self._waiting = self._waiting.slice(0, end), self._waiting.slice(end)
         uid = rows["uid"].to_numpy()[begins_row(rows)]
+        self.missing.update({entry["values"]: entry["counts"] for entry in rows["missing"].value_counts().to_pylist()})
         return StepRows(self.batches(rows), uid, rows, _numbers(rows) | {"wait/teacher_s": waited})
 
     def _num_whole(self) -> int:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from raykd.data.process_targets import describe_missing
 from raykd.loss_config import LossConfig
 from raykd.losses.combine import combine, loss_counts
 from raykd.losses.context import LossContext
@@ -77,11 +78,20 @@ def fit(
         progress.sequences += int(agreed["sequences"])
         progress.response_tokens += int(agreed["response_tokens"])
         _once_in_a_while(trainer, feed, log, at_end=False)
+    _tell_missing(trainer, feed)
     if stopped:  # whoever stops a run wants it to be quick
         trainer.save()
     else:
         _once_in_a_while(trainer, feed, log, at_end=True)
     return stopped
+
+
+def _tell_missing(trainer: Trainer, feed: Feed) -> None:
+    """Say once at the end why rows of the first worker had nothing for a loss to look at."""
+    total = feed.missing.total()
+    for loss, reasons in describe_missing(feed.missing).items():
+        if trainer.ranks.rank == 0:
+            logger.info("%s found no target in some of %d samples: %s", loss, total, "; ".join(reasons))
 
 
 def step(trainer: Trainer, batches: list[Batch], counts: Mapping[str, Tensor], losses: LossConfig) -> None:

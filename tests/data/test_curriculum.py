@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from raykd.config import Config
 from raykd.data.collate import collate_kd_batch
-from raykd.data.curriculum import LatentIds, curriculum_rng, find_steps, latent_ids, rewrite, stage_at
+from raykd.data.curriculum import Curriculum, LatentIds, curriculum_rng, find_steps, latent_ids, rewrite, stage_at
 from raykd.data.detokenize import decode_tokens
 from raykd.data.examples import example_from_row, examples_to_table
 from raykd.loss_config import LatentConfig, LatentStage
@@ -226,6 +226,11 @@ def test_steps_named_by_the_data_are_replaced_word_for_word(tokenizer, ids):
     named = always(example, ids, tokenizer, cot_steps=["I add two and two.", "I take three from it."])
     assert text_of(tokenizer, named) == f"How much is it?<bot>{'<slot>' * 6}<eot>One."
     assert always(example, ids, tokenizer, cot_steps=["I take three from it.", "I add two and two."]) is example
+    carried = replace(example, cot_steps=np.array(["I add two and two.", "I take three from it."], object))
+    table = Curriculum((ALWAYS,), ids, 0, tokenizer).apply(examples_to_table([carried, example]), [0, 0])
+    assert [text_of(tokenizer, example_from_row(table, row)) for row in (0, 1)] == [
+        text_of(tokenizer, named), text_of(tokenizer, example),
+    ]  # fmt: skip
 
 
 def test_only_the_first_turn_with_enough_steps_is_rewritten(tokenizer, ids):

@@ -244,6 +244,7 @@ BAD_ROWS = [
     ({"prompt": PROMPT}, "no `teacher_text`"),
     ({"prompt": PROMPT, "messages": CHAT}, "no `teacher_text`"),
     ({"messages": CHAT[:1]}, "no assistant turn"),
+    (ROW | {"cot_steps": ["first", 2]}, "`cot_steps` is list \"['first', 2]\""),
     ({"messages": CHAT[:3]}, "the last assistant turn is messages[1] of 3; expected `teacher_text`, or messages that end"),
     ({"messages": CHAT, "rejected_text": "no"}, "`rejected_text` beside a recorded conversation"),
     ({"messages": CHAT, "response_mask": [1]}, "`response_mask` without `output_ids`"),

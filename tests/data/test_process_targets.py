@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from raykd.data.process_targets import (
     PROCESS_LOSSES,
     REASONS,
     SeenResult,
-    count_missing,
+    describe_missing,
     join_turns,
     mark_turn,
     process_targets,
@@ -144,10 +145,13 @@ def test_joined_turns_fit_the_example_and_the_batch(targets_of, demo_tokenizer):
     assert ((words >> (label % 32).int()) & 1).all()
 
 
-def test_reasons_are_counted_over_samples(targets_of):
-    counts = count_missing([targets_of("Hello."), targets_of(CALL), targets_of("Bye.")])
-    assert counts["json_grammar"] == {"no_call": 2}
-    assert counts["copy_mass"] == {"no_tool_result": 3}
+def test_reasons_are_counted_over_samples_and_told_in_words(targets_of):
+    samples = [targets_of("Hello."), targets_of(CALL), targets_of("Bye.")]
+    missing = Counter(" ".join(f"{loss}:{reason}" for loss, reason in sample.missing.items()) for sample in samples)
+    told = describe_missing(missing)
+    assert told["json_grammar"] == ["the assistant calls no tool (2)"]
+    assert told["copy_mass"] == ["no tool result stands before the turn (3)"]
+    assert describe_missing({"": 3}) == {}
 
 
 def test_a_trained_model_puts_its_mass_on_what_the_schema_allows(demo_tokenizer, grammars):

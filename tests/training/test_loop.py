@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from raykd.data.process_targets import REASONS
 from raykd.training.checkpoint import STUDENT, latest_checkpoint, list_checkpoints, read_ledger
 from raykd.training.feed import Feed
 from raykd.training.loop import NotFiniteError, count_tokens, step, validate
@@ -256,6 +257,16 @@ def test_validation_trains_nothing_and_does_not_depend_on_the_micro_batches(stud
     assert largest_difference(before, weights(trainer)) == 0
     assert trainer.student.training
     assert validate(trainer, make_feed(trainer, [])) == {}
+
+
+def test_why_samples_had_nothing_for_a_loss_to_look_at_is_told_once_at_the_end(student_path, tmp_path, caplog):
+    with caplog.at_level("INFO", logger="raykd.training.loop"):
+        run(make_config(student_path), tmp_path, [make_rows(20)], num_steps=3)
+    told = [record.getMessage() for record in caplog.records if "no target" in record.getMessage()]
+    assert told == [
+        "copy_mass found no target in some of 20 samples: no tool result stands before the turn (10)",
+        f"tool_choice found no target in some of 20 samples: {REASONS['few_tools']} (10)",
+    ]
 
 
 def test_a_checkpoint_is_a_student_to_start_from(student_path, tmp_path):

@@ -89,6 +89,7 @@ def make_rows(num_rows: int, *, seed: int = 0, held_out: bool = False, lengths: 
                 "num_truncated_calls": 0,
                 "pair": 0,
                 "num_teacher_layers": 0,
+                "missing": "" if row % 2 else "tool_choice:few_tools copy_mass:no_tool_result",
                 "tool_name_weight": 1.0,
                 "teacher_seconds": 0.1,
                 "teacher_wait_seconds": 0.0,
