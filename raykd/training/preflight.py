@@ -82,7 +82,7 @@ def check(config: Config) -> Plan:
     tokenizer = student_tokenizer(config.student.tokenizer_folder, config.student.new_tokens)
     architecture.vocab_size = _check_vocabulary(config, tokenizer, architecture.vocab_size)
     _check_layers(config, architecture.num_hidden_layers)
-    max_positions = getattr(architecture, "max_position_embeddings", teacher.max_model_len)
+    max_positions = _max_positions(architecture, teacher.max_model_len)
     if max_positions < teacher.max_model_len:
         raise PreflightError(
             f"the student has {max_positions} positions, the teacher up to {teacher.max_model_len} tokens: set "
@@ -97,6 +97,19 @@ def check(config: Config) -> Plan:
     )
     _check_disk(config, plan)
     return plan
+
+
+def _max_positions(architecture: PretrainedConfig, default: int) -> int:
+    """Positions up to which a token's states do not depend on how long its batch is.
+
+    longrope changes its frequencies with the length of the input: beyond the original context the same prefix has other
+    states in a longer batch, in training as when writing.
+    """
+    max_positions = getattr(architecture, "max_position_embeddings", default)
+    rope = getattr(architecture, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return max_positions
+    return min(max_positions, rope.get("original_max_position_embeddings", max_positions))
 
 
 def _activations_per_token(config: Config, architecture: PretrainedConfig) -> int:

@@ -128,6 +128,19 @@ def test_a_student_with_a_shorter_context_than_the_teacher_is_refused(
     check(configured(base, f"student.model={other}", "teacher.max_model_len=64"))
 
 
+def test_positions_whose_states_depend_on_the_length_of_the_batch_do_not_count(
+    base: list[str], tiny_model_path: Path, tmp_path: Path
+):
+    other = tmp_path / "longrope"
+    shutil.copytree(tiny_model_path, other)
+    config = json.loads((other / "config.json").read_text())
+    factors = {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16, "original_max_position_embeddings": 32}
+    rope = config["rope_parameters"] | {"rope_type": "longrope", "factor": 64.0, **factors}
+    (other / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    with pytest.raises(ValueError, match="the student has 32 positions, the teacher up to"):
+        check(configured(base, f"student.model={other}"))
+
+
 def test_missing_prompts_and_models_are_named(base: list[str]):
     with pytest.raises(ValueError, match="data.prompts=/nowhere: nothing there"):
         check(configured(base, "data.prompts=/nowhere"))

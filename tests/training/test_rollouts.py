@@ -272,6 +272,7 @@ def test_a_ranks_answers_depend_on_seed_and_step_and_pairs_are_asked_once(studen
     assert nothing.numbers == {"rollouts": 0.0, "reward": 0.0, "rollout_tokens": 0.0}
 
 
+@pytest.mark.ray
 def test_scores_come_from_ray_tasks_in_order(words, ray_cluster):
     _, config = words
     rollouts = RolloutConfig(caws=1.0, claims=0.0)
