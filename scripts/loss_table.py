@@ -105,8 +105,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         base = base_config(Path(folder))
         world = make_world(base, args.rows, args.prompts)
-        warm = warm_up(base, world, Path(folder), args.warm_steps)
-        rows = [measure(warm, name, world, Path(folder), args.steps) for name in args.only]
+        warm, exact = warm_up(base, world, Path(folder), args.warm_steps)
+        rows = [measure(warm, name, world, Path(folder), args.steps, exact) for name in args.only]
         cost = measure_cost(warm, world, Path(folder))
     OUT.mkdir(exist_ok=True)
     text = table(rows, cost, args.steps)
@@ -237,16 +237,16 @@ def sampled(trainer: Trainer, feed: Feed, world: World, table: pa.Table, seed: i
     return RolloutRows(feed.batches(examples_to_table(made.examples)), numbers)
 
 
-def warm_up(config: Config, world: World, folder: Path, num_steps: int) -> Config:
-    """Train the demo student with kd; returns a config that starts from it."""
+def warm_up(config: Config, world: World, folder: Path, num_steps: int) -> tuple[Config, float]:
+    """Train the demo student with kd; returns a config that starts from it, and its share of exact calls."""
     trainer = trainer_of(alone(config, "kd"), str(folder), num_steps)
     run(trainer, feed_of(trainer, world), world, num_steps)
     target = folder / "warm"
     trainer.student.save(target)
-    print(f"the student after {num_steps} steps of kd: {exact_calls(trainer, world):.3f} exact calls", flush=True)
-    return changed(
-        config, student={"model": str(target)}, train=config.train.model_dump(mode="json") | {"learning_rate": 5e-4}
-    )
+    exact = exact_calls(trainer, world)
+    print(f"the student after {num_steps} steps of kd: {exact:.3f} exact calls", flush=True)
+    train = config.train.model_dump(mode="json") | {"learning_rate": 5e-4}
+    return changed(config, student={"model": str(target)}, train=train), exact
 
 
 def exact_calls(trainer: Trainer, world: World) -> float:
@@ -277,16 +277,17 @@ def one_step(trainer: Trainer, batches: Sequence[Batch]) -> dict[str, float]:
     return metrics
 
 
-def measure(config: Config, name: str, world: World, folder: Path, num_steps: int) -> Measured:
+def measure(config: Config, name: str, world: World, folder: Path, num_steps: int, exact_before: float) -> Measured:
     """One loss alone."""
     config = alone(config, name)
     probe = trainer_of(config, str(folder), num_steps)
     once = one_step(probe, fixed_batches(probe, feed_of(probe, world), world))
 
     trainer = trainer_of(config, str(folder), num_steps)
+    trainer.loss_state = probe.loss_state  # scales and frequencies, measured once
     feed = feed_of(trainer, world)
     words, key = METRICS.get(name, ("the loss on held-out rows", f"loss/{name}"))
-    before, exact_before = held_out_metrics(trainer, feed, world), exact_calls(trainer, world)
+    before = held_out_metrics(trainer, feed, world)
     run(trainer, feed, world, num_steps)
     after, exact_after = held_out_metrics(trainer, feed, world), exact_calls(trainer, world)
     row = Measured(
@@ -306,8 +307,8 @@ def held_out_metrics(trainer: Trainer, feed: Feed, world: World) -> dict[str, fl
         metrics["code_less_calls"] = metrics["code_mode_logprob"] - metrics["direct_tool_logprob"]
     if trainer.config.rollouts.prompts_per_step:
         options = trainer.config.rollouts.model_copy(update={"prompts_per_step": 48})
-        judge = replace(trainer, config=trainer.config.model_copy(update={"rollouts": options}))
-        numbers = sampled(judge, feed, world, world.held_out, seed=0).numbers
+        asking = replace(trainer, config=trainer.config.model_copy(update={"rollouts": options}))
+        numbers = sampled(asking, feed, world, world.held_out, seed=0).numbers
         metrics["reward"] = numbers["reward"] / numbers["rollouts"]
     return metrics
 
