@@ -20,6 +20,9 @@ from raykd.loss_config import (
 )
 from teacher_serving.config import TeacherConfig
 
+WITH_HEADS = frozenset({"halt", "halt_ponder", "self_evaluation", "intermediate_layer"})
+"""Losses that train a head or projections of their own."""
+
 
 class RunConfig(Section):
     """Where a run lives."""
@@ -257,6 +260,23 @@ class Config(Section):
             raise ValueError(
                 f"loss.policy_gradient={losses['policy_gradient']} with rollouts.prompts_per_step=0: there is nothing to "
                 "reward; set rollouts.prompts_per_step above 0"
+            )
+        if self.rollouts.prompts_per_step and not losses.keys() & {"policy_gradient", "length_aware"}:
+            raise ValueError(
+                f"rollouts.prompts_per_step={self.rollouts.prompts_per_step} without loss.policy_gradient and "
+                "loss.length_aware: no other loss looks at the student's own answers; set one above 0, or prompts_per_step=0"
+            )
+        if self.train.head_learning_rate and not losses.keys() & WITH_HEADS:
+            raise ValueError(
+                f"train.head_learning_rate={self.train.head_learning_rate} without a loss that has a head; expected one of "
+                f"{sorted(WITH_HEADS)} above 0 in loss, or no head_learning_rate"
+            )
+        slots = max((stage.steps * stage.slots for stage in self.latent.stages), default=0)
+        if self.rollouts.prompts_per_step and self.latent.mode == "continuous" and self.latent.loops < slots:
+            raise ValueError(
+                f"latent.loops={self.latent.loops} with spans of {slots} slots and rollouts: answers are sampled with every "
+                f"slot filled in its turn, and trained on with {self.latent.loops} passes; set latent.loops={slots}, or "
+                "rollouts.prompts_per_step=0"
             )
         if self.latent.stages and not ("ce_truth" in losses or sampled_ce):
             raise ValueError(

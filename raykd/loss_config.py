@@ -177,9 +177,10 @@ class LossConfig(Section):
     halt_class_weights: tuple[Weight, Weight] | None = None
     """Weights of (continue, halt). None: inverse frequencies, as a running mean over the steps."""
     halt_ponder: Weight = 0.0
-    """Weight of the expected number of loops within halt."""
+    """A loss of its own: refinement loops to expect of the halt head, mean over the sequences with decision points."""
     caws_tier: Literal[1, 2, 3] = 2
-    """Tier of sequences that name none: at most 0, 1 or 3 latent spans and 1, 2 or 3 refinement loops."""
+    """CAWS tier. For all sequences of the run: at most 0, 1 or 3 latent spans in caws_compliance and in the rewards of
+    rollouts.caws. For refinements that name no `caws_tier`: at most 1, 2 or 3 loops in the targets of halt."""
     code_mode_positive_weight: Weight = 1.0
     """Weight of the likelihood of code within code_mode_preference."""
     code_mode_negative_weight: Weight = 1.0
@@ -208,6 +209,20 @@ class LossConfig(Section):
         at_the_end = {"jsd": 1.0, "skewed_reverse_kl": 0.0}.get(self.kd_divergence)
         return self.kd_divergence == "reverse_kl" or at_the_end == self.kd_beta
 
+    @property
+    def terms(self) -> dict[str, float]:
+        """Weights of what is summed up: the losses, of some each part by itself, because it has tokens (or pairs, or
+        answers) of its own to be divided by."""
+        factors = {
+            "code_mode_preference": {
+                "": self.code_mode_positive_weight, "/direct": self.code_mode_negative_weight, "/pair": 1.0,
+            },
+            "early_tool_call": {"": self.early_tool_prior_weight, "/ce": self.early_tool_ce_weight},
+            "length_aware": {"": 1.0, "/excess": 1.0},
+        }  # fmt: skip
+        parts = {name: factors.get(name, {"": 1.0}) for name in self.weights}
+        return {name + part: self.weights[name] * factor for name in parts for part, factor in parts[name].items()}
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.weights:
@@ -224,6 +239,11 @@ class LossConfig(Section):
         if self.kd_entropy_range is not None and not 0 <= self.kd_entropy_range[0] < self.kd_entropy_range[1]:
             raise ValueError(
                 f"loss.kd_entropy_range={list(self.kd_entropy_range)}: expected two entropies in nats, the lower one first"
+            )
+        if self.kd_entropy != "off" and ("kd" not in self.weights or self.kd_support == "full"):
+            raise ValueError(
+                f"loss.kd_entropy={self.kd_entropy} with loss.kd={self.kd:g} and loss.kd_support={self.kd_support}: it "
+                "weighs kd by the teacher's top-k; set loss.kd above 0 and another support, or kd_entropy=off"
             )
         softened = self.kd_temperature != 1.0 or "kd_temperature" in self.schedules
         if softened and self.kd_support not in ("topk_renorm", "full"):

@@ -272,7 +272,7 @@ def one_step(trainer: Trainer, batches: Sequence[Batch]) -> dict[str, float]:
     agreed = trainer.ranks.sum(sums)
     trainer.loss_state = trainer.loss_state.updated(agreed, losses)
     step(trainer, list(batches), agreed, losses)
-    metrics = trainer.meters.read(trainer.ranks, losses.weights)
+    metrics = trainer.meters.read(trainer.ranks, losses.terms)
     trainer.meters.clear()
     return metrics
 

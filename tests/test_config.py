@@ -71,6 +71,10 @@ def test_the_resolved_config_is_itself_a_valid_config(tmp_path: Path, minimal: s
             ["latent.loops=7", "at most 6 slots", "latent.loops=6"],
         ),
         ("rollouts.clip=0.3", ["rollouts.clip=0.3", "rollouts.every=1", "has no effect"]),
+        ("rollouts.prompts_per_step=2", ["rollouts.prompts_per_step=2", "no other loss looks at the student's own answers"]),
+        ("train.head_learning_rate=0.1", ["train.head_learning_rate=0.1", "'halt'", "no head_learning_rate"]),
+        ("loss={kd_entropy: token, kd: 0, ce_teacher: 1}", ["loss.kd_entropy=token", "loss.kd=0"]),
+        ("loss={kd_entropy: run, kd_support: full}", ["loss.kd_entropy=run", "loss.kd_support=full"]),
         ("train.num_workers=64", ["train.sequences_per_step=32", "train.num_workers=64"]),
         ("teacher.kind=oracle", ["teacher", "oracle"]),
     ],
@@ -113,10 +117,18 @@ def test_prompts_offline_files_and_both_together_serve_the_losses_that_their_row
         ([*ALONE, "data.on_long_prompt=truncate_left"], ["data.on_long_prompt=truncate_left without data.prompts"]),
         ([*ALONE, "data.teacher_cache=cache"], ["data.teacher_cache=cache without data.prompts"]),
         ([*ALONE, "loss.intermediate_layer=1"], ["loss.intermediate_layer=1", "or those of the offline rows"]),
+        (
+            [
+                "loss={ce_teacher: 1, policy_gradient: 1}",
+                "rollouts.prompts_per_step=1",
+                "latent={mode: continuous, loops: 2, stages: [{steps: 2, slots: 2, probability: 1}]}",
+            ],
+            ["latent.loops=2 with spans of 4 slots and rollouts", "set latent.loops=4"],
+        ),
         (["data.offline=[{path: a, weight: 0}]"], ["data.offline.0.weight", "greater than 0"]),
     ],
 )
-def test_what_offline_files_cannot_serve_is_named(minimal: str, overrides: list[str], words: list[str]):
+def test_what_several_options_together_cannot_mean_is_named(minimal: str, overrides: list[str], words: list[str]):
     with pytest.raises(ConfigError) as error:
         load_config([minimal], overrides)
     for word in words:

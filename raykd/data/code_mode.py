@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from raykd.data.extractors import ToolCall
+from raykd.data.extractors import ToolCall, extract_tool_calls
 from raykd.loss_config import CodeModeConfig
 from raykd.types import Span
 
@@ -23,6 +24,20 @@ _STATEMENT = re.compile(
     r"^[ \t]*+(?:(?:const|let|var)\s++[^=\n]{1,200}=\s*+|return\s++|\w++\s*+=\s*+)?await\s++[A-Za-z_$][\w$.]*+\([^\n]*+",
     re.MULTILINE,
 )
+
+
+class ToolUse(NamedTuple):
+    """How a text calls tools."""
+
+    code: list[Span]  # `code_mode_spans`
+    direct: list[Span]  # `direct_tool_spans`
+    num_calls: int  # direct ones and those in code
+
+
+def tool_use(text: str) -> ToolUse:
+    """The tool calls of an assistant turn, through code and direct."""
+    calls, code = extract_tool_calls(text), code_mode_spans(text)
+    return ToolUse(code, direct_tool_spans(calls, code), len(calls) + num_code_calls(text, code))
 
 
 def fenced_blocks(text: str) -> list[tuple[str, Span, Span]]:
@@ -68,9 +83,9 @@ def _statements(text: str, start: int, end: int) -> list[Span]:
     return [Span(*match.span()) for match in _STATEMENT.finditer(text, start, end)]
 
 
-def direct_tool_spans(text: str, calls: Sequence[ToolCall]) -> list[Span]:
-    """Spans of the calls (of `extract_tool_calls`) that stand outside code that calls tools."""
-    code = np.array(code_mode_spans(text), dtype=np.int64).reshape(-1, 2)
+def direct_tool_spans(calls: Sequence[ToolCall], spans: Sequence[Span]) -> list[Span]:
+    """Spans of the calls (of `extract_tool_calls`) outside code that calls tools; `spans` of `code_mode_spans`."""
+    code = np.array(spans, dtype=np.int64).reshape(-1, 2)
     starts = np.array([call.call_span.start for call in calls], dtype=np.int64)
     block = np.searchsorted(code[:, 0], starts, side="right") - 1
     in_code = (block >= 0) & (starts < np.append(code[:, 1], 0)[block])

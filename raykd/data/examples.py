@@ -22,9 +22,9 @@ import pyarrow as pa
 
 from raykd.config import Config
 from raykd.data.claims import claim_spans
-from raykd.data.code_mode import code_mode_eligible, code_mode_spans, direct_tool_spans, num_code_calls, personal_data
+from raykd.data.code_mode import code_mode_eligible, personal_data, tool_use
 from raykd.data.detokenize import decode_tokens
-from raykd.data.extractors import extract_tool_calls, token_mask
+from raykd.data.extractors import token_mask
 from raykd.data.grammar import ToolGrammars, offered_schemas
 from raykd.data.id_sets import CopyIndex, Turn
 from raykd.data.integration import ResultIndex
@@ -202,15 +202,23 @@ def _build(row: _Row, tokenizer: Any, wanted: Wanted) -> Example:
     results = _results_before(messages, len(turns), recorded=row.response_mask is not None)
     schemas = offered_schemas(row.tools_json)
     copies = _copies(results, tokenizer) if wanted.losses & SET_LOSSES else {}
-    targets = []
+    targets, num_calls = [], 0  # calls in code included
     for (start, end), seen in zip(turns, results, strict=True):
         ids = row.output_ids[start:end]
         text, offsets = decode_tokens(tokenizer, ids)
         read = [SeenResult(result, copies.get(id(result))) for result in seen]
         turn = process_targets(Turn(text, offsets, ids, tokenizer), read, schemas, wanted.losses, wanted.grammars)
-        turn.marks[:] |= _marks_of_text(text, offsets, wanted, seen)
+        if "claim_extraction" in wanted.losses:
+            turn.marks[token_mask(offsets, claim_spans(text))] |= np.uint16(Mark.CLAIM)
+        if "code_mode_preference" in wanted.losses:
+            use = tool_use(text)
+            num_calls += use.num_calls
+            turn.marks[token_mask(offsets, use.code)] |= np.uint16(Mark.CODE_MODE)
+            turn.marks[token_mask(offsets, use.direct)] |= np.uint16(Mark.DIRECT_TOOL)
         targets.append(turn)
     whole = join_turns([start for start, _ in turns], targets, len(mask))
+    if "code_mode_preference" in wanted.losses and not _code_mode_pays(num_calls, messages, wanted.code_mode):
+        whole.marks[:] &= ~np.uint16(Mark.CODE_MODE | Mark.DIRECT_TOOL)
     halting = decisions(messages if row.response_mask is not None else [], turns, wanted.halt, default_tier=wanted.caws_tier)
     whole.marks[halting.position] |= np.uint16(Mark.DECISION)
     k, num_prompt = row.top_k, len(row.prompt_ids)
@@ -248,21 +256,12 @@ def _copies(results: Sequence[Sequence[ResultIndex]], tokenizer: Any) -> dict[in
     return {key: CopyIndex("\n".join(result.texts), tokenizer) for key, result in distinct.items()}
 
 
-def _marks_of_text(text: str, offsets: np.ndarray, wanted: Wanted, seen: Sequence[ResultIndex]) -> np.ndarray:
-    """Marks [T] of claims, and of code or direct calls where code mode pays, as far as the losses look at them."""
-    marks = np.zeros(len(offsets), dtype=np.uint16)
-    if "claim_extraction" in wanted.losses:
-        marks[token_mask(offsets, claim_spans(text))] |= np.uint16(Mark.CLAIM)
-    if "code_mode_preference" in wanted.losses:
-        calls, code = extract_tool_calls(text), code_mode_spans(text)
-        texts = [part for result in seen for part in result.texts]
-        largest = max((len(part) for part in texts), default=0)
-        private = personal_data(texts, wanted.code_mode.pii_patterns)
-        number = len(calls) + num_code_calls(text, code)
-        if code_mode_eligible(np.array([number]), np.array([largest]), np.array([private]), wanted.code_mode)[0]:
-            marks[token_mask(offsets, code)] |= np.uint16(Mark.CODE_MODE)
-            marks[token_mask(offsets, direct_tool_spans(text, calls))] |= np.uint16(Mark.DIRECT_TOOL)
-    return marks
+def _code_mode_pays(num_calls: int, messages: Sequence[Mapping[str, Any]], config: CodeModeConfig) -> bool:
+    """Is the sample, with all its turns and tool results, one for code mode?"""
+    results = [message["content"] for message in messages if message["role"] == "tool" and message.get("content")]
+    largest = max(map(len, results), default=0)
+    private = personal_data(results, config.pii_patterns)
+    return bool(code_mode_eligible(np.array([num_calls]), np.array([largest]), np.array([private]), config)[0])
 
 
 def _quality(messages: Sequence[Mapping[str, Any]]) -> float:
@@ -313,10 +312,10 @@ def examples_to_table(examples: Sequence[Example]) -> pa.Table:
 
 def _list_array(arrays: list[np.ndarray], list_type: pa.ListType) -> pa.ListArray:
     dtype = list_type.value_type.to_pandas_dtype()
-    offsets = np.zeros(len(arrays) + 1, dtype=np.int32)
-    np.cumsum([len(array) for array in arrays], out=offsets[1:])
+    offsets = np.concatenate(([0], np.cumsum([len(array) for array in arrays], dtype=np.int64)))
+    assert offsets[-1] < 2**31, f"{offsets[-1]} values of a column do not fit one table: fewer rows a call"
     flat = np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.empty(0, dtype)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, type=list_type.value_type), type=list_type)
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(flat, type=list_type.value_type), type=list_type)
 
 
 def example_from_row(table: pa.Table, index: int) -> Example:

@@ -16,7 +16,8 @@ In:  a row as read from JSONL or Parquet. Out: its fields by name, checked array
 | `spans` | top | spans of the calls and reused values in `teacher_text` (`TurnSpans`), instead of searching for them |
 | `span_targets` | metadata | `{ts_mode_spans, direct_tool_spans}`: [start, end) of response tokens |
 | `tool_result_fields` as an object | metadata | results of tools seen before the response, by field |
-| `loop_index`, `max_loops`, `judge_score`, `prev_score`, `curriculum_stage` | metadata | a refinement loop, for halting |
+| `loop_index`, `max_loops`, `caws_tier`, `curriculum_stage` | metadata | a loop of a refinement, for halting |
+| `judge_score`, `prev_score` | metadata | scores in [0, 1] of that loop and of the one before |
 | `tool_name_ids`, `gold_json_text_ids`, `tool_result_fields`, their masks | top | ids of pieces of text: compared only |
 | `cot_steps` | top | reasoning steps of the response, word for word, for the latent curriculum; none: lines "Step 1: ..." |
 | `uid`, `teacher_id`, `finish_reason`, `response_source` | top | as in the stream; the last: gold, teacher or student |
@@ -48,7 +49,7 @@ _TOP_FIELDS = """
     response_source training_text loss_mask teacher_reasoning teacher_reasoning_content
     cot_steps
 """
-_METADATA_FIELDS = "span_targets tool_results loop_index max_loops judge_score prev_score curriculum_stage"
+_METADATA_FIELDS = "span_targets tool_results loop_index max_loops caws_tier judge_score prev_score curriculum_stage"
 _CARRIED_FIELDS = """
     metadata process_supervision id key role task_type caws_level source augmented_prompt caws_context evidence_manifest
     provenance_chain tool_calls latent_curriculum ir_ready gap_fill_metadata student_target_ids answer

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from raykd.data.conversation import RowError, read_conversation
 from raykd.data.examples import BuiltExamples, build_examples, example_from_row
-from raykd.data.halt_targets import halt_targets
+from raykd.data.halt_targets import TIER_LOOPS, halt_targets
 from raykd.data.offline_fields import (
     gather_fields,
     kind,
@@ -37,6 +37,7 @@ from raykd.data.process_targets import TOOL_NAME_WEIGHTS, TurnSpans, marks_of_sp
 from raykd.data.uids import hash_uid
 from raykd.loss_config import HaltConfig
 from raykd.types import ARGUMENT_MARKS, Example, Mark, Source, Span
+from teacher_serving.arrow import half_states
 from teacher_serving.identity import vocabulary_size
 
 Build = Callable[[pa.Table, Any], BuiltExamples]
@@ -55,6 +56,7 @@ class RowReader:
     build: Build = build_examples
     halt: HaltConfig = field(default_factory=HaltConfig)  # the rule for rows that are a loop of a refinement
     pairs: bool = True  # make examples of rejected texts: each costs as much as any other, for the preference loss alone
+    caws_tier: int = 0  # of such loops that name none (`loss.caws_tier`); 0: no limit but max_loops
 
     @functools.cached_property
     def num_ids(self) -> int:
@@ -156,14 +158,14 @@ class RowReader:
                 raise RowError(
                     "`teacher_hidden_states` is null in part at a token: expected a whole state, or none in all layers"
                 )
-            columns["teacher_hidden"] = states.astype(np.float16)
+            columns["teacher_hidden"] = half_states(states)
         if "cot_steps" in fields:
             steps = fields["cot_steps"]
             if not isinstance(steps, list) or not all(isinstance(step, str) and step.strip() for step in steps):
                 raise RowError(f"`cot_steps` is {kind(steps)}, expected a list of texts, word for word as in the response")
             columns["cot_steps"] = np.array(steps, object)
         if "loop_index" in fields:
-            columns["halt_targets"] = np.array([_halt_target(fields, self.halt)], np.float32)
+            columns["halt_targets"] = np.array([_halt_target(fields, self.halt, self.caws_tier)], np.float32)
         return columns
 
 
@@ -270,7 +272,7 @@ def _extra_marks(fields: Mapping[str, Any], tokens: RowTokens) -> np.ndarray:
     return marks
 
 
-def _halt_target(fields: Mapping[str, Any], config: HaltConfig) -> float:
+def _halt_target(fields: Mapping[str, Any], config: HaltConfig, default_tier: int) -> float:
     """Probability of halting after this loop, from its score and that of the loop before; NaN: unknown."""
     index = int(read_number(fields["loop_index"], "loop_index", 0, 999))
     max_loops = int(read_number(fields.get("max_loops", config.max_loops), "max_loops", index + 1, 1000))
@@ -278,11 +280,13 @@ def _halt_target(fields: Mapping[str, Any], config: HaltConfig) -> float:
     for name, place in (("judge_score", index), ("prev_score", index - 1)):
         if name in fields and place >= 0:
             scores[0, place] = read_number(fields[name], name, 0.0, 1.0)
+    tier = default_tier
+    if "caws_tier" in fields:
+        tier = int(read_number(fields["caws_tier"], "caws_tier", min(TIER_LOOPS), max(TIER_LOOPS)))
     stage = None
     if "curriculum_stage" in fields:
         stage = np.array([int(read_number(fields["curriculum_stage"], "curriculum_stage", 0, 2))])
-    none = np.zeros(1, np.int64)
-    targets = halt_targets(scores, np.array([index + 1]), none, np.array([max_loops]), config, stage=stage)
+    targets = halt_targets(scores, np.array([index + 1]), np.array([tier]), np.array([max_loops]), config, stage=stage)
     return float(targets.halt[0, index])
 
 

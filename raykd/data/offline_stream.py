@@ -219,7 +219,7 @@ class OfflineReader:
 
         def reader(tokenizer: PreTrainedTokenizerBase) -> RowReader:
             build = partial(build_examples, wanted=Wanted.by(config, tokenizer))
-            return RowReader(tokenizer, config.teacher.top_k, max_tokens, build, config.halt, pairs)
+            return RowReader(tokenizer, config.teacher.top_k, max_tokens, build, config.halt, pairs, config.loss.caws_tier)
 
         self._teachers = reader(teacher)
         self._students = {} if self._match.kind == "identical" else {_fingerprint(student): reader(student)}

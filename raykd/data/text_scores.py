@@ -92,6 +92,7 @@ class Judged(NamedTuple):
     """R responses beside the teacher's to the same prompts."""
 
     reward: np.ndarray  # float64 [R]
+    quality: np.ndarray  # float64 [R], the weighted mean of the same scores in [0, 1]; NaN where none has a weight
     complete: np.ndarray  # bool [R], see `holds_calls`
 
 
@@ -125,5 +126,6 @@ def judge(texts: Sequence[str], teacher_texts: Sequence[str], *, caws: float, cl
     if claims:
         scores = np.array([claim_score(*pair).reward for pair in zip(texts, teacher_texts, strict=True)])
         reward += claims * np.nan_to_num(scores, nan=0.0)
+    quality = reward / (caws + claims) if caws + claims else np.full(len(texts), np.nan)
     complete = [holds_calls(*pair) for pair in zip(texts, teacher_texts, strict=True)]
-    return Judged(reward, np.array(complete, dtype=bool))
+    return Judged(reward, quality, np.array(complete, dtype=bool))

@@ -19,7 +19,7 @@ from raykd.losses.full import full_kd_loss, full_kd_states, full_kd_weight
 from raykd.losses.grammar import json_grammar_loss, json_grammar_weight
 from raykd.losses.head import head_logprobs
 from raykd.losses.intermediate import intermediate_layer_loss, intermediate_weight
-from raykd.losses.length_aware import length_aware_kd_loss
+from raykd.losses.length_aware import excess_weight, length_aware_kd_loss
 from raykd.losses.sweep import code_mode, early_weights, sequence_of_token
 from raykd.types import Batch, SetKind, StudentOutput
 
@@ -31,7 +31,7 @@ SET_KINDS = {
 
 
 def beside_counts(batch: Batch, config: LossConfig) -> dict[str, Tensor]:
-    """Count of every active loss that is wholly computed here (those with a part in the sweep are counted there)."""
+    """Count of every active term that is computed here."""
     counts: dict[str, Tensor] = {}
     for name in config.weights:
         if name in SET_KINDS:
@@ -45,6 +45,12 @@ def beside_counts(batch: Batch, config: LossConfig) -> dict[str, Tensor]:
         elif name == "halt":
             assert config.halt_class_weights is not None, "halt_class_weights is settled before each step"
             counts[name] = heads.halt_head_weight(batch.halt_targets, config.halt_class_weights).sum()
+        elif name == "early_tool_call":
+            counts[name] = early_weights(batch, config).prior.sum()
+        elif name == "length_aware":
+            counts["length_aware/excess"] = excess_weight(batch.target_length).sum()
+        elif name == "code_mode_preference":
+            counts["code_mode_preference/pair"] = code_mode(config).num_pairs(batch.pair, batch.reference_logprob)
         elif name == "halt_ponder":
             counts[name] = heads.num_refined(_sequence_of_decision(batch))
         elif name == "self_evaluation":
@@ -59,7 +65,7 @@ def _sequence_of_decision(batch: Batch) -> Tensor:
 def beside_sums(
     batch: Batch, output: StudentOutput, hidden: Tensor, head: Head, config: LossConfig, context: LossContext
 ) -> dict[str, Tensor]:
-    """Sum (scalar with graph) of every active loss that is computed here, or of the part of it that is."""
+    """Sum (scalar with graph) of every active term that is computed here."""
     names = config.weights.keys()
     sums: dict[str, Tensor] = {}
     if names & SET_KINDS.keys():
@@ -82,9 +88,9 @@ def beside_sums(
         logprobs = _logprobs(hidden[weights.first], head, openings)
         sums["early_tool_call"] = opening_loss(logprobs, weights.has_call, weights.prior).sum
     if "length_aware" in names:
-        sums["length_aware"] = _excess_sum(batch, hidden, head, config, context)
+        sums["length_aware/excess"] = _excess_sum(batch, hidden, head, config, context)
     if "code_mode_preference" in names:
-        sums["code_mode_preference"] = _pair_sum(batch, hidden, head, config)
+        sums["code_mode_preference/pair"] = _pair_sum(batch, hidden, head, config)
     return sums | _head_sums(batch, output, config) | _layer_sums(batch, output, config, context)
 
 
@@ -95,9 +101,8 @@ def _logprobs(hidden: Tensor, head: Head, ids: Tensor) -> Tensor:
 
 
 def _set_weight(batch: Batch, name: str) -> Tensor:
-    """Weight [S] of every id set in a loss."""
-    weight = id_sets.id_set_weight(batch.set_kind, batch.response_source[batch.set_row], SET_KINDS[name])
-    return weight * batch.tool_name_weight[batch.set_row] if name == "tool_choice" else weight
+    """Which id sets [S] count in a loss, 0 or 1."""
+    return id_sets.id_set_weight(batch.set_kind, batch.response_source[batch.set_row], SET_KINDS[name])
 
 
 def _set_sums(batch: Batch, hidden: Tensor, head: Head, config: LossConfig) -> dict[str, Tensor]:
@@ -113,6 +118,7 @@ def _set_sums(batch: Batch, hidden: Tensor, head: Head, config: LossConfig) -> d
     for name in config.weights.keys() & SET_KINDS.keys():
         weight = _set_weight(batch, name)
         if name == "tool_choice":
+            weight = weight * batch.tool_name_weight[batch.set_row]
             temperature = config.tool_choice_temperature
             sums[name] = id_sets.tool_choice_loss(sets, present, written, weight, temperature=temperature).sum
         elif name == "copy_mass":

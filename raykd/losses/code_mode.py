@@ -68,10 +68,9 @@ class CodeModePreferenceLoss(nn.Module):
         code, direct = ((((marks & int(mark)) != 0) & alone).float() for mark in (Mark.CODE_MODE, Mark.DIRECT_TOOL))
         return code * self.positive_weight, direct * self.negative_weight
 
-    def count(self, marks: Tensor, sequence_of_token: Tensor, pair: Tensor, reference_logprob: Tensor) -> Tensor:
-        """Count of the loss, a scalar, from the batch alone. Arguments as in `forward`."""
-        code, direct = self.weights(marks, sequence_of_token, pair, reference_logprob)
-        return code.sum() + direct.sum() + _matches(pair, reference_logprob).float().sum()
+    def num_pairs(self, pair: Tensor, reference_logprob: Tensor) -> Tensor:
+        """Complete pairs [B] of the batch: the count of the preference. Arguments as in `forward`."""
+        return _matches(pair, reference_logprob).float().sum()
 
 
 def sequence_logprobs(target_logprobs: Tensor, sequence_of_token: Tensor, of_sequence: Tensor) -> Tensor:

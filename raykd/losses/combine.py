@@ -45,8 +45,13 @@ def loss_counts(batch: Batch, config: LossConfig, context: LossContext = LossCon
 
 
 def _counts(batch: Batch, config: LossConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    counts = sweep_counts(batch, config, weights) | beside_counts(batch, config)
-    return {name: counts[name] for name in config.weights}
+    counts = sweep_counts(batch, weights) | beside_counts(batch, config)
+    return {name: counts[name] for name in config.terms}
+
+
+def _graph_only(rows: HeadRows) -> Tensor:
+    """0 with the graph of the rows; the tail of a whole vocabulary is -inf."""
+    return rows.log_tail.masked_fill(rows.log_tail == -torch.inf, 0.0).sum() * 0.0
 
 
 def combine(
@@ -75,8 +80,8 @@ def combine(
 
     def rows_loss(rows: HeadRows) -> tuple[Tensor, Tensor]:
         parts = sweep_parts(rows, batch, config, context, weights)
-        weighted = [config.weights[name] * divide(part.sum, counts[name]) for name, part in parts.items()]
-        total = torch.stack(weighted).sum() if weighted else rows.log_tail.sum() * 0.0
+        weighted = [config.terms[name] * divide(part.sum, counts[name]) for name, part in parts.items()]
+        total = torch.stack(weighted).sum() if weighted else _graph_only(rows)
         with torch.no_grad():
             metrics = metric_values(rows, batch, of_metrics)
             sums = [part.sum for part in parts.values()] + [metrics[name].sum for name in of_metrics]
@@ -87,12 +92,12 @@ def combine(
     )
     sums = dict(zip((*weights, *(f"metric/{name}" for name in of_metrics)), swept.unbind(), strict=True))
     for name, value in beside_sums(batch, output, hidden, head, config, context).items():
-        total = total + config.weights[name] * divide(value, counts[name])
-        sums[name] = sums.get(name, 0.0) + value.detach()
+        total = total + config.terms[name] * divide(value, counts[name])
+        sums[name] = value.detach()
     own_counts = _counts(batch, config, weights)
     metrics = {name: TokenLoss(sums[f"metric/{name}"], weight.sum()) for name, weight in of_metrics.items()}
     if "code_mode_preference" in config.weights:
         author, rows = batch.response_source, sequence_of_token(batch)
         metrics["code_mode_eligible"] = eligible_share(batch.response_marks, author, rows, len(batch.uid))
-    parts = {name: TokenLoss(sums[name], own_counts[name]) for name in config.weights}
+    parts = {name: TokenLoss(sums[name], own_counts[name]) for name in config.terms}
     return LossReport(total=total, parts=parts, metrics=metrics)

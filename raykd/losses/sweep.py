@@ -21,7 +21,7 @@ from raykd.losses.early_tool_call import EarlyCallWeights, early_tool_call_weigh
 from raykd.losses.entropy import kd_weight
 from raykd.losses.head import HeadRows
 from raykd.losses.kd import sparse_kd_loss
-from raykd.losses.length_aware import excess_weight, stop_weight
+from raykd.losses.length_aware import stop_weight
 from raykd.losses.reduction import log1mexp, masked_sum
 from raykd.types import ARGUMENT_MARKS, Batch, Mark, Source, TokenLoss
 
@@ -37,8 +37,8 @@ def sweep_columns(batch: Batch, config: LossConfig, context: LossContext) -> tup
     """Ids [N, C] whose log-probability the sweep needs, and which columns [N, C] are the teacher's entries."""
     columns = [batch.topk_ids, batch.response_ids[:, None]]
     if "caws_compliance" in config.weights:
-        sentinels = torch.tensor([_known(context.bot_id), _known(context.eot_id), _known(context.eos_id)])
-        columns.append(sentinels.to(batch.topk_ids.device).expand(len(batch.topk_ids), 3))
+        sentinels = (_known(context.bot_id), _known(context.eot_id), _known(context.eos_id))
+        columns += [torch.full_like(batch.response_ids[:, None], sentinel) for sentinel in sentinels]  # filled on the device
     ids = torch.cat(columns, dim=1)
     support = functional.pad(batch.topk_logprobs > -torch.inf, (0, ids.shape[1] - batch.topk_ids.shape[1]), value=False)
     return ids, support
@@ -50,16 +50,12 @@ def _known(token_id: int | None) -> int:
 
 
 def code_mode(config: LossConfig) -> CodeModePreferenceLoss:
-    """The loss with the options of the config."""
-    return CodeModePreferenceLoss(
-        positive_weight=config.code_mode_positive_weight,
-        negative_weight=config.code_mode_negative_weight,
-        beta=config.code_mode_beta,
-    )
+    """The loss with its sharpness; how much its parts weigh is the business of `LossConfig.terms`."""
+    return CodeModePreferenceLoss(beta=config.code_mode_beta)
 
 
 def sweep_weights(batch: Batch, config: LossConfig, context: LossContext) -> dict[str, Tensor]:
-    """Weight [N] (caws_compliance: bool [N, 3]; code_mode_preference: [N, 2]) of every token, by name of the active loss."""
+    """Weight [N] (caws_compliance: bool [N, 3]) of every token, by name of the active term."""
     marks, source = batch.response_marks, batch.response_source
     weights: dict[str, Tensor] = {}
     for name in config.weights:
@@ -88,25 +84,20 @@ def sweep_weights(batch: Batch, config: LossConfig, context: LossContext) -> dic
         elif name == "policy_gradient":
             weights[name] = batch.response_advantage.nan_to_num(nan=0.0)
         elif name == "early_tool_call":
-            weights[name] = early_weights(batch, config).ce
+            weights["early_tool_call/ce"] = early_weights(batch, config).ce
         elif name == "length_aware":
             weights[name] = stop_weight(batch.response_ids, source, _known(context.eos_id))
         elif name == "caws_compliance":
             weights[name] = _caws_terms(batch, config, context)
         elif name == "code_mode_preference":
-            rows = sequence_of_token(batch)
-            weights[name] = torch.stack(code_mode(config).weights(marks, rows, batch.pair, batch.reference_logprob), dim=1)
+            code, direct = code_mode(config).weights(marks, sequence_of_token(batch), batch.pair, batch.reference_logprob)
+            weights[name], weights[f"{name}/direct"] = code * (source != Source.STUDENT), direct
     return weights
 
 
 def early_weights(batch: Batch, config: LossConfig) -> EarlyCallWeights:
-    """Weights of early_tool_call."""
-    return early_tool_call_weight(
-        batch,
-        num_tokens=config.early_tool_tokens,
-        ce_weight=config.early_tool_ce_weight,
-        prior_weight=config.early_tool_prior_weight,
-    )
+    """Weights of early_tool_call, 0 or 1."""
+    return early_tool_call_weight(batch, num_tokens=config.early_tool_tokens, ce_weight=1.0, prior_weight=1.0)
 
 
 def _caws_terms(batch: Batch, config: LossConfig, context: LossContext) -> Tensor:
@@ -120,21 +111,15 @@ def _caws_terms(batch: Batch, config: LossConfig, context: LossContext) -> Tenso
     )
 
 
-def sweep_counts(batch: Batch, config: LossConfig, weights: Weights) -> dict[str, Tensor]:
-    """Count of every loss with `sweep_weights`; of those with a part beside the sweep, the count of both."""
+def sweep_counts(batch: Batch, weights: Weights) -> dict[str, Tensor]:
+    """Count of every term with `sweep_weights`: its weights, where those are no trust or reward."""
     counts = {name: weight.sum(dtype=torch.float32) for name, weight in weights.items()}
+    if "tool_name" in counts:
+        counts["tool_name"] = cross_entropy.tool_name_weight(batch.response_marks, batch.response_source).sum()
     if "policy_gradient" in counts:
         counts["policy_gradient"] = scored.policy_gradient_weight(batch.response_advantage).sum()
     if "caws_compliance" in counts:
         counts["caws_compliance"] = weights["caws_compliance"].any(dim=1).float().sum()
-    if "early_tool_call" in counts:
-        counts["early_tool_call"] = early_weights(batch, config).count
-    if "length_aware" in counts:
-        counts["length_aware"] = counts["length_aware"] + excess_weight(batch.target_length).sum()
-    if "code_mode_preference" in counts:
-        counts["code_mode_preference"] = code_mode(config).count(
-            batch.response_marks, sequence_of_token(batch), batch.pair, batch.reference_logprob
-        )
     return counts
 
 
@@ -158,10 +143,8 @@ def sweep_parts(
             parts[name] = _policy_gradient(head, batch, label, context.rollout_clip)
         elif name == "caws_compliance":
             parts[name] = scored.caws_compliance_loss(head.logprobs[:, num_ids + 1 :], weight)
-        elif name == "code_mode_preference":
-            code, direct = weight.unbind(dim=1)
-            unlikely = masked_sum(-log1mexp(label.masked_fill(direct == 0, -1.0)), direct)
-            parts[name] = TokenLoss(masked_sum(-label, code).sum + unlikely.sum, unlikely.count)
+        elif name == "code_mode_preference/direct":
+            parts[name] = masked_sum(-log1mexp(label.masked_fill(weight == 0, -1.0)), weight)
         else:
             parts[name] = masked_sum(-label, weight)
     return parts

@@ -284,14 +284,15 @@ def rollouts_of(trainer: Trainer, feed: Feed, eos_ids: list[int]) -> KeptRollout
         seed = hash((config.run.seed, step, ranks.rank)) % 2**63
 
         def sample(prompts: list[np.ndarray]) -> list[Generated]:
-            return generate(
-                trainer.student,
-                prompts,
-                max_tokens=options.max_tokens,
-                temperature=options.temperature,
-                seed=seed,
-                eos_ids=eos_ids,
-            )
+            with trainer.autocast():  # sampled from what is trained
+                return generate(
+                    trainer.student,
+                    prompts,
+                    max_tokens=options.max_tokens,
+                    temperature=options.temperature,
+                    seed=seed,
+                    eos_ids=eos_ids,
+                )
 
         made = rollout_examples(examples, trainer.student.tokenizer, options, sample=sample, score=score, eos_ids=eos_ids)
         numbers = {"rollouts": made.rewards.size, "reward": made.rewards.sum(), "rollout_tokens": made.lengths.sum()}

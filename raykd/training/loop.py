@@ -21,6 +21,7 @@ from raykd.loss_config import LossConfig
 from raykd.losses.combine import combine, loss_counts
 from raykd.losses.context import LossContext
 from raykd.training.feed import Feed
+from raykd.training.head_metrics import head_metrics, read_heads
 from raykd.training.meters import Sums, add_report, mean_losses, to_host
 from raykd.training.reference import with_reference
 from raykd.training.rollouts import KeptRollouts, RolloutRows
@@ -100,11 +101,11 @@ def step(trainer: Trainer, batches: list[Batch], counts: Mapping[str, Tensor], l
     A loss or gradient that is not finite never reaches the weights: the step is skipped on all ranks alike.
     """
     world_size = trainer.ranks.world_size
-    counts = _on_device(trainer, counts, losses)
+    counts, context = _on_device(trainer, counts, losses), trainer.context_now()
     sums: Sums = {}
     for index, batch in enumerate(batches):
         with trainer.exchange_gradients(now=index == len(batches) - 1):
-            report = _forward(trainer, trainer.model, batch, counts, losses)
+            report = _forward(trainer, trainer.model, batch, counts, losses, context)
             add_report(sums, report)
             # A total that is no number makes every gradient one, and so, once they are added up, the norm on every rank.
             finite = torch.where(torch.isfinite(sums["total"]), 1.0, torch.nan)
@@ -125,7 +126,7 @@ def step(trainer: Trainer, batches: list[Batch], counts: Mapping[str, Tensor], l
 
 def count_tokens(batches: list[Batch], losses: LossConfig, context: LossContext) -> dict[str, float]:
     """Count of every active loss over some micro-batches that are still on the host; 0 where there are none."""
-    counts = dict.fromkeys(losses.weights, 0.0)
+    counts = dict.fromkeys(losses.terms, 0.0)
     for batch in batches:
         for name, count in loss_counts(batch, losses, context).items():
             counts[name] += count.item()  # a tensor of the host
@@ -138,18 +139,25 @@ def _judged(trainer: Trainer, batches: list[Batch]) -> list[Batch]:
 
 
 def _on_device(trainer: Trainer, counts: Mapping[str, Tensor], losses: LossConfig) -> dict[str, Tensor]:
-    return {name: counts[name].to(trainer.device, torch.float32) for name in losses.weights}
+    """Counts by term, in one transfer."""
+    together = torch.stack([counts[name] for name in losses.terms]).to(trainer.device, torch.float32)
+    return dict(zip(losses.terms, together.unbind(), strict=True))
 
 
 def _forward(
-    trainer: Trainer, model: nn.Module, batch: Batch, counts: Mapping[str, Tensor], losses: LossConfig
+    trainer: Trainer,
+    model: nn.Module,
+    batch: Batch,
+    counts: Mapping[str, Tensor],
+    losses: LossConfig,
+    context: LossContext,
 ) -> LossReport:
     """`batch` is on the host: there it costs no waiting to look where the latent slots end."""
     latent_width = trainer.student.latent_width(batch.input_ids)
     batch = batch.to(trainer.device)
     with trainer.autocast():
         output = model(batch.input_ids, batch.decision_index, batch.end_index, latent_width)
-        return combine(batch, output, trainer.head, losses, counts, trainer.context_now())
+        return combine(batch, output, trainer.head, losses, counts, context)
 
 
 def _skip(trainer: Trainer, batches: list[Batch], grad_norm: Tensor) -> None:
@@ -184,7 +192,7 @@ def _once_in_a_while(trainer: Trainer, feed: Feed, log: Log, *, at_end: bool) ->
 def _metrics(trainer: Trainer) -> dict[str, float]:
     """The log entry of the steps since the last one. Collective."""
     progress = trainer.progress
-    entry = trainer.meters.read(trainer.ranks, trainer.losses_now().weights)
+    entry = trainer.meters.read(trainer.ranks, trainer.losses_now().terms)
     trainer.meters.clear()
     return {
         "epoch": progress.epoch,
@@ -198,15 +206,21 @@ def _metrics(trainer: Trainer) -> dict[str, float]:
 
 @torch.no_grad()
 def validate(trainer: Trainer, feed: Feed) -> dict[str, float]:
-    """Losses and metrics on the held-out rows that have come by on all ranks; empty without any. Collective."""
+    """Losses and metrics on the held-out rows that have come by on all ranks; empty without any. Collective.
+
+    Metrics of the heads are rank 0's alone.
+    """
     batches = _judged(trainer, [batch for table in feed.held_out for batch in feed.batches(table)])
     losses = trainer.losses_now()
     counts = trainer.ranks.sum(count_tokens(batches, losses, trainer.context))
     sums: Sums = {}
     trainer.student.eval()
-    for batch in batches or [feed.idle_batch()]:
-        on_device = _on_device(trainer, counts, losses)
-        add_report(sums, _forward(trainer, trainer.student, batch, on_device, losses))
+    on_device, context = _on_device(trainer, counts, losses), trainer.context_now()
+    batches = batches or [feed.idle_batch()]
+    with read_heads(trainer.student) as readings:
+        for batch in batches:
+            add_report(sums, _forward(trainer, trainer.student, batch, on_device, losses, context))
     trainer.student.train()
+    of_heads = head_metrics(readings, batches, trainer.config.halt.halt_probability, trainer.ranks)
     total = {name: value.item() for name, value in trainer.ranks.sum(to_host(sums)).items()}
-    return mean_losses(total, losses.weights, steps=1) if any(counts.values()) else {}
+    return of_heads | (mean_losses(total, losses.terms, steps=1) if any(counts.values()) else {})

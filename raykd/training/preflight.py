@@ -81,6 +81,7 @@ def check(config: Config) -> Plan:
     architecture = student_config(config.student)
     tokenizer = student_tokenizer(config.student.tokenizer_folder, config.student.new_tokens)
     architecture.vocab_size = _check_vocabulary(config, tokenizer, architecture.vocab_size)
+    _check_end_of_turn(config, tokenizer, teacher)
     _check_layers(config, architecture.num_hidden_layers)
     max_positions = _max_positions(architecture, teacher.max_model_len)
     if max_positions < teacher.max_model_len:
@@ -153,6 +154,19 @@ def _check_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase, num_ro
         token_id(tokenizer, config.latent.begin, "latent.begin")
         token_id(tokenizer, config.latent.end, "latent.end")
     return rows_needed(match.num_ids, num_rows)
+
+
+def _check_end_of_turn(config: Config, tokenizer: PreTrainedTokenizerBase, teacher: TeacherInfo) -> None:
+    """Losses that look at the student's end-of-turn token look at the one that ends the teacher's turns."""
+    needing = sorted({"length_aware", "caws_compliance"} & config.loss.weights.keys())
+    match = compare_vocabularies(load_tokenizer(config.teacher.model), tokenizer)
+    ends = match.student_ids(teacher.eos_token_ids).tolist()
+    if needing and tokenizer.eos_token_id not in ends:
+        raise PreflightError(
+            f"loss.{needing[0]} looks at {tokenizer.eos_token!r} (id {tokenizer.eos_token_id}), the end-of-turn token of "
+            f"{config.student.tokenizer_folder!r}, but the teacher ends its turns with {tokenizer.convert_ids_to_tokens(ends)}: "
+            "set eos_token of the student's tokenizer to that, or student.tokenizer to a folder where it is"
+        )
 
 
 def _check_layers(config: Config, num_student_layers: int) -> None:

@@ -11,6 +11,7 @@ several steps; their log-probabilities when sampled tell the policy gradient how
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,7 +94,7 @@ def rollout_examples(
     teacher_lengths = np.array([len(ids) for _, ids in prompts for _ in range(n)], dtype=np.int64)
     teacher_texts = [_text(tokenizer, ids, eos_ids) for _, ids in prompts]
     texts = [_text(tokenizer, response.ids, eos_ids) for response in responses]
-    rewards, complete = score(texts, [text for text in teacher_texts for _ in range(n)])
+    rewards, quality, complete = score(texts, [text for text in teacher_texts for _ in range(n)])
     if not np.isfinite(rewards).all():
         worst = int(np.flatnonzero(~np.isfinite(rewards))[0])
         raise ValueError(
@@ -105,7 +106,12 @@ def rollout_examples(
     advantages = leave_one_out_advantages(torch.from_numpy(rewards)).flatten().tolist()
     targets = np.where(complete, np.nan, teacher_lengths).tolist()
     rows = [
-        _example(examples[index // n], prompt_ids[index], response, advantages[index], targets[index])
+        replace(
+            _example(examples[index // n], prompt_ids[index], response),
+            advantage=advantages[index],
+            target_length=targets[index],
+            quality=float(quality[index]),
+        )
         for index, response in enumerate(responses)
     ]
     return Rollouts(rows, rewards, lengths.reshape(len(examples), n))
@@ -126,7 +132,7 @@ def _text(tokenizer: Any, ids: np.ndarray, eos_ids: Collection[int]) -> str:
     return decode_tokens(tokenizer, ids[:-1] if ended else ids).text
 
 
-def _example(prompted: Example, prompt: np.ndarray, response: Generated, advantage: float, target_length: float) -> Example:
+def _example(prompted: Example, prompt: np.ndarray, response: Generated) -> Example:
     chosen = ~np.isnan(response.logprobs)  # the others are latent slots
     num_response = int(chosen.sum())
     marks = np.zeros(len(prompt) + len(response.ids), dtype=np.uint16)
@@ -139,7 +145,5 @@ def _example(prompted: Example, prompt: np.ndarray, response: Generated, advanta
         topk_ids=np.empty((num_response, 0), np.int32),
         topk_logprobs=np.empty((num_response, 0), np.float16),
         log_tail=np.empty(0, np.float32),
-        advantage=advantage,
         sampled_logprobs=response.logprobs[chosen],
-        target_length=target_length,
     )

@@ -64,9 +64,9 @@ def test_direct_calls_are_those_outside_the_code():
     text = f"{CALL}\n{inside}{CALL}"
     calls = extract_tool_calls(text)
     assert len(calls) == 3
-    assert direct_tool_spans(text, calls) == [calls[0].call_span, calls[2].call_span]
-    assert direct_tool_spans(CALL, extract_tool_calls(CALL)) == [extract_tool_calls(CALL)[0].call_span]
-    assert direct_tool_spans("nothing", []) == []
+    assert direct_tool_spans(calls, code_mode_spans(text)) == [calls[0].call_span, calls[2].call_span]
+    assert direct_tool_spans(extract_tool_calls(CALL), []) == [extract_tool_calls(CALL)[0].call_span]
+    assert direct_tool_spans([], []) == []
 
 
 def test_one_rule_is_enough_to_be_eligible():

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from raykd.data.chat import Completions, tokenize_row
 from raykd.data.collate import collate_kd_batch
 from raykd.data.dataset import KDDataset, epoch_order
-from raykd.data.examples import build_examples, decode_spans, example_from_row, examples_to_table
+from raykd.data.examples import Wanted, build_examples, decode_spans, example_from_row, examples_to_table
 from raykd.data.import_logits import import_packed_logits
 from raykd.data.offline_fields import warn_once
 from raykd.data.offline_rows import RowReader
@@ -202,6 +202,30 @@ def test_each_field_lands_where_it_is_documented_to(tmp_path, demo_tokenizer):
     assert decode_spans(example, demo_tokenizer)[Mark.INTEGRATION] == ["Köln"]
 
 
+def test_states_out_of_the_range_of_halves_are_at_its_end_and_missing_ones_stay_missing(tmp_path, demo_tokenizer):
+    length = len(only(tmp_path, ROW, demo_tokenizer).input_ids)
+    states = [*[[1e6, -1e6, 0.5]] * (length - 1), [None] * 3]
+    example = only(tmp_path, ROW | {"teacher_hidden_states": [states]}, demo_tokenizer)
+    assert example.teacher_hidden[0, 0].tolist() == [65504.0, -65504.0, 0.5]
+    assert np.isnan(example.teacher_hidden[0, -1]).all()
+
+
+@pytest.mark.parametrize("own", [None, 1, 2, 3])
+@pytest.mark.parametrize("default", [0, 1, 3])
+def test_a_row_that_is_a_loop_has_the_target_of_the_same_loop_given_as_messages(own, default, demo_tokenizer):
+    tier = {} if own is None else {"caws_tier": own}
+    ask = {"role": "user", "content": "A city?"}
+    drafts = [{"role": "assistant", "content": f"Draft {loop}", "loop": loop, "judge_score": 0.2} for loop in range(2)]
+    refinement = {"messages": [ask, drafts[0] | tier, ask, drafts[1]]}
+    loops = [ROW | {"metadata": {"loop_index": loop, "judge_score": 0.2, "prev_score": 0.2} | tier} for loop in range(2)]
+    build = partial(build_examples, wanted=Wanted(caws_tier=default))
+    read = RowReader(demo_tokenizer, build=build, caws_tier=default).examples([refinement, *loops])
+    whole, *parts = [example for (example,) in read if isinstance(example, Example)]
+    assert [part.halt_targets.tolist() for part in parts] == [[target] for target in whole.halt_targets.tolist()]
+    cap = own or default or 9
+    assert whole.halt_targets.tolist() == [float(loop >= cap) for loop in (1, 2)]
+
+
 @pytest.mark.parametrize("rows_of", ["response", "response without its end", "sequence", "sequence without its end"])
 @pytest.mark.parametrize("flat", [False, True])
 def test_stored_logits_become_the_top_k_of_the_token_that_they_predict(rows_of, flat, tmp_path, demo_tokenizer):
@@ -301,6 +325,7 @@ BAD_ROWS = [
     (ROW | {"response_source": "me"}, "expected gold, teacher or student"),
     (ROW | {"uid": "7"}, "`uid` is str"),
     (ROW | {"metadata": {"loop_index": 3, "max_loops": 2}}, "`max_loops`"),
+    (ROW | {"metadata": {"loop_index": 0, "caws_tier": 4}}, "`caws_tier` is int '4', expected a number from 1 to 3"),
     (FIRST, "duplicate: an earlier row"),
     ({"prompt": PROMPT, "teacher_text": "long " * 500}, "tokens, expected at most 300"),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -15,8 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 from raykd.data.chat import tokenize_row
 from raykd.data.detokenize import decode_tokens
-from raykd.data.examples import build_examples, decode_spans, example_from_row
+from raykd.data.examples import Wanted, build_examples, decode_spans, example_from_row, examples_to_table
 from raykd.data.extractors import argument_spans, extract_tool_calls, find_integration_spans
+from raykd.loss_config import CodeModeConfig
 from raykd.types import EXAMPLE_SCHEMA, Mark, Source
 from tests.conftest import SHARED_DATA
 
@@ -215,6 +217,47 @@ def test_each_turn_reuses_only_the_results_that_came_before_it():
     reused = np.flatnonzero(example.marks & Mark.INTEGRATION)
     assert len(reused) > 0
     assert (reused >= 2 + len(first) + len(between)).all()
+
+
+CALL = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+
+
+def conversation_with_calls(num_turns, result, tokenizer, code_mode):
+    """The example of a recorded conversation: that many turns of one direct call, each with its result behind it, an end."""
+    texts = [part for _ in range(num_turns) for part in (CALL, f"tool: {result}\n")] + ["Done."]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    mask = [turn % 2 == 0 for turn, part in enumerate(ids) for _ in part]
+    messages = [{"role": "assistant", "content": CALL}, {"role": "tool", "content": result}] * num_turns
+    rows = table([(np.concatenate(ids), [*messages, {"role": "assistant", "content": "Done."}], mask)])
+    wanted = Wanted(losses=frozenset({"code_mode_preference"}), code_mode=code_mode)
+    return example_from_row(build_examples(rows, tokenizer, wanted).examples, 0)
+
+
+@pytest.mark.parametrize(
+    ("rule", "num_turns", "result", "pays"),
+    [
+        ("min_tools", 3, "1", True),
+        ("min_tools", 1, "1", False),
+        ("min_intermediate_chars", 1, "x" * 30, True),
+        ("min_intermediate_chars", 3, "x" * 29, False),
+        ("pii_patterns", 1, "a@example.com", True),
+    ],
+)
+def test_code_mode_pays_for_all_turns_of_a_sample_or_for_none(rule, num_turns, result, pays):
+    rules = {"min_tools": 99, "min_intermediate_chars": 99, "pii_patterns": ()}
+    rules[rule] = {"min_tools": 2, "min_intermediate_chars": 30, "pii_patterns": ("@example",)}[rule]
+    tokenizer = tokenizer_of("byte level")
+    example = conversation_with_calls(num_turns, result, tokenizer, CodeModeConfig(**rules))
+    assert len(decode_spans(example, tokenizer)[Mark.DIRECT_TOOL]) == num_turns * pays
+
+
+def test_more_values_than_the_offsets_of_a_table_can_count_are_refused():
+    ids = tokenizer_of("byte level")("one", add_special_tokens=False)["input_ids"]
+    example = example_from_row(build_examples(table([(ids, [], None)]), tokenizer_of("byte level")).examples, 0)
+    states = np.broadcast_to(np.float16(0), (1, 1, 2**30))  # of no memory
+    large = replace(example, teacher_hidden=states)
+    with pytest.raises(AssertionError, match=f"{2**31} values of a column do not fit one table"):
+        examples_to_table([large, large])
 
 
 def test_a_tool_name_is_no_integration_but_an_argument_may_be():

@@ -264,6 +264,18 @@ def test_teacher_states_are_of_the_layers_that_the_run_looks_at_or_the_reason_fo
     assert "of 1 layers of width 64, expected 2 layers (teacher.hidden_layers) of width 64" in entry["reason"]
 
 
+def test_loops_of_rows_that_name_no_tier_are_capped_by_that_of_the_run(tmp_path, tiny_model_path):
+    loop = {"loop_index": 0, "max_loops": 3, "judge_score": 0.2}
+    drafts = [row | {"metadata": loop | tier} for row, tier in zip(rows("a", 2), [{}, {"caws_tier": 3}], strict=True)]
+    path = write_lines(tmp_path / "a.jsonl", drafts)
+    plan = {"file": [str(path)] * 2, "kind": ["jsonl"] * 2, "position": index_file(path).position, "step": [0, 0]}
+    plan |= {"key": ["a", "b"], "uid": [1, 2], "epoch_uid": [1, 2], "held_out": [False] * 2}
+    plan |= {"vocabulary": pa.nulls(2, pa.string())}
+    config = offline_config(tmp_path, tiny_model_path, [path], loss={"halt": 1.0, "caws_tier": 1})
+    table = OfflineReader(config, Rejects(str(tmp_path / "rejected.jsonl"), 2, 0, 0.0))(pa.table(plan))
+    assert table["halt_targets"].to_pylist() == [[1.0], [0.0]]
+
+
 def test_files_that_are_not_there_are_named_with_their_option(tmp_path, tiny_model_path):
     there = write_lines(tmp_path / "a.jsonl", rows("a", 1))
     assert offline_files(offline_config(tmp_path, tiny_model_path, [there])) == [(str(there), 1.0, False)]

@@ -165,10 +165,11 @@ CASES = [alone(name) for name in LOSSES] + [
 @pytest.mark.parametrize("config", CASES, ids=lambda config: next(iter(config.weights)))
 def test_a_loss_alone_has_tokens_a_value_and_a_gradient(config):
     [report], gradients = run([make_examples()], config)
-    [name] = config.weights
-    assert report.parts[name].count > 0
+    assert report.parts.keys() == config.terms.keys()
+    assert all(part.count > 0 for part in report.parts.values())
     assert torch.isfinite(report.total)
-    torch.testing.assert_close(report.total.detach(), report.parts[name].sum / report.parts[name].count)
+    parts = [weight * report.parts[name].sum / report.parts[name].count for name, weight in config.terms.items()]
+    torch.testing.assert_close(report.total.detach(), torch.stack(parts).sum())
     assert sum(gradient.abs().sum() for gradient in gradients.values()) > 1e-6
     assert all(gradient.isfinite().all() for gradient in gradients.values())
 
@@ -185,7 +186,7 @@ def test_splitting_padding_and_order_change_nothing(support):
         ([examples[::-1]], 2),
     ):
         reports, others = run(groups, config, padding)
-        for name in config.weights:
+        for name in config.terms:
             torch.testing.assert_close(
                 torch.stack([report.parts[name].sum for report in reports]).sum(), whole.parts[name].sum, msg=name
             )
@@ -207,34 +208,64 @@ def test_with_nothing_to_learn_a_loss_is_exactly_0_and_keeps_its_graph(name):
     )
     config = alone(name)
     [report], gradients = run([[example]], config)
-    assert report.parts[name].sum == 0 or name in ("caws_compliance",)
     if name != "caws_compliance":  # its rules hold for all text
-        assert report.parts[name].count == 0
+        assert all(part.sum == part.count == 0 for part in report.parts.values())
         assert all((gradient == 0).all() for gradient in gradients.values())
     assert report.total.requires_grad
 
 
+OWN_TEXT = {"kd", "intermediate_layer", "self_evaluation", "halt", "halt_ponder", "caws_compliance"}
+"""Losses that also look at text of the student's: none of them takes its words for a target."""
+
+
 def test_the_student_is_never_taught_its_own_words():
     student = dataclasses.replace(make_examples()[2], advantage=float("nan"), target_length=float("nan"))
-    words = (
-        "ce_teacher",
-        "ce_truth",
-        "tool_name",
-        "json_argument",
-        "integration_copy",
-        "claim_extraction",
-        "early_tool_call",
-    )
-    for name in words:
+    marks = student.marks.copy()
+    marks[4] |= Mark.CODE_MODE
+    student = dataclasses.replace(student, marks=marks)
+    for name in set(LOSSES) - OWN_TEXT:
         [report], _ = run([[student]], alone(name))
-        assert report.parts[name].count == 0, name
+        assert all(part.count == 0 for part in report.parts.values()), name
+
+
+def test_trust_in_tool_names_weakens_them_and_is_not_divided_out():
+    trusted, doubted = (
+        [dataclasses.replace(example, tool_name_weight=weight) for example in make_examples()] for weight in (1.0, 0.5)
+    )
+    for name in ("tool_name", "tool_choice"):
+        [whole], _ = run([trusted], alone(name))
+        [half], _ = run([doubted], alone(name))
+        assert half.parts[name].count == whole.parts[name].count
+        torch.testing.assert_close(half.total, whole.total / 2)
+
+
+def test_each_part_of_a_loss_is_divided_by_its_own_tokens():
+    [report], _ = run([make_examples()], alone("code_mode_preference", code_mode_positive_weight=0.0))
+    parts = report.parts
+    assert parts["code_mode_preference/pair"].count == 1
+    expected = sum(parts[f"code_mode_preference/{part}"].mean() for part in ("direct", "pair"))
+    torch.testing.assert_close(report.total.detach(), expected)
+
+
+def test_a_loss_beside_the_sweep_is_finite_where_the_teacher_names_the_whole_vocabulary():
+    def of_all(example: Example) -> Example:
+        rows = len(example.topk_ids)
+        return dataclasses.replace(
+            example, topk_ids=np.tile(np.arange(V, dtype=np.int32), (rows, 1)),
+            topk_logprobs=np.full((rows, V), -np.log(V), np.float16), log_tail=np.full(rows, -np.inf, np.float32),
+        )  # fmt: skip
+
+    [report], gradients = run([[of_all(example) for example in make_examples()[:2]]], alone("halt"))
+    assert torch.isfinite(report.total)
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
 def test_the_rejected_half_of_a_pair_is_a_target_of_the_preference_alone():
     half = dataclasses.replace(rejected_half(make_examples()[1]), pair=-7)
     for name in set(LOSSES) - {"caws_compliance"}:  # whose rules hold for all text
         [report], _ = run([[half]], alone(name))
-        assert report.parts[name].count == (name == "code_mode_preference"), name  # alone: by its one token of a call
+        counts = {term: float(part.count) for term, part in report.parts.items() if part.count}
+        assert counts == ({"code_mode_preference/direct": 1.0} if name == "code_mode_preference" else {}), name
         assert not any(metric.count for name, metric in report.metrics.items() if name != "direct_tool_logprob")
 
 

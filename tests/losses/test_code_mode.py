@@ -20,7 +20,7 @@ def test_likelihood_of_code_and_unlikelihood_of_direct_calls():
     loss = CodeModePreferenceLoss(positive_weight=1.0, negative_weight=2.0)
     result = loss(logprobs, marks, rows, ALONE, NO_REFERENCE)
     assert result.sum.item() == pytest.approx(math.log(2) + math.log(4) - 2 * math.log(0.9))
-    assert result.count == loss.count(marks, rows, ALONE, NO_REFERENCE) == 4.0
+    assert (result.count, loss.num_pairs(ALONE, NO_REFERENCE)) == (4.0, 0.0)
     only_code = CodeModePreferenceLoss(negative_weight=0.0)(logprobs, marks, rows, ALONE, NO_REFERENCE)
     assert only_code.sum.item() == pytest.approx(math.log(8))
     assert only_code.count == 2
@@ -56,7 +56,7 @@ def test_a_pair_is_judged_by_its_margin_over_the_reference():
     margin = (-2.5 + 4.0) - (-2.0 + 3.0)
     # Rows 2 and 3 (the other half of pair 9 is not here) count by their tokens.
     assert result.sum.item() == pytest.approx(math.log1p(math.exp(-0.5 * margin)) + 0.75)
-    assert result.count == loss.count(MARKS, ROWS, PAIR, REFERENCE) == 3.0
+    assert (result.count, loss.num_pairs(PAIR, REFERENCE)) == (3.0, 1.0)
 
 
 def test_preference_raises_the_preferred_response_and_lowers_the_other():

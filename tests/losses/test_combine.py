@@ -103,8 +103,8 @@ def test_the_total_is_the_weighted_sum_of_parts_over_their_own_counts():
     batch = make_batch()
     (report,), _ = run([batch])
     config = EVERYTHING
-    assert report.parts.keys() == config.weights.keys()
-    want = sum(config.weights[name] * part.sum / part.count for name, part in report.parts.items())
+    assert report.parts.keys() == config.terms.keys()
+    want = sum(config.terms[name] * part.sum / part.count for name, part in report.parts.items())
     torch.testing.assert_close(report.total.detach(), want)
     counts = loss_counts(batch, config)
     assert {n: c.item() for n, c in counts.items()} == {n: p.count.item() for n, p in report.parts.items()}

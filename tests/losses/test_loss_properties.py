@@ -47,7 +47,7 @@ BARE = Example(
 
 
 def name_of(config: LossConfig) -> str:
-    [name] = config.weights
+    name = next(iter(config.weights))
     return f"{name}, {config.kd_divergence}, {config.kd_support}" if name == "kd" else name
 
 
@@ -163,7 +163,7 @@ def run_worker(rank: int, folder: str) -> None:
         replica, context = DistributedDataParallel(model), context_of(model)
         batches = [collate_kd_batch(group, pad_id=0) for group in share[rank]]
         counted = [loss_counts(batch, EVERYTHING, context) for batch in batches]
-        counts = ranks.sum({name: sum(count[name].item() for count in counted) for name in EVERYTHING.weights})
+        counts = ranks.sum({name: sum(count[name].item() for count in counted) for name in EVERYTHING.terms})
         for index, batch in enumerate(batches):
             replica.require_backward_grad_sync = index == len(batches) - 1
             head = Head(model.head.weight, model.head.bias)

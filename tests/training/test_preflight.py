@@ -128,6 +128,18 @@ def test_a_student_with_a_shorter_context_than_the_teacher_is_refused(
     check(configured(base, f"student.model={other}", "teacher.max_model_len=64"))
 
 
+def test_an_end_of_turn_token_that_the_teacher_never_writes_is_refused_where_a_loss_looks_at_it(
+    base: list[str], tiny_model_path: Path, tmp_path: Path
+):
+    other = tmp_path / "other-end"
+    shutil.copytree(tiny_model_path, other)
+    file = other / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "<|endoftext|>"}))
+    check(configured(base, f"student.model={other}"))
+    with pytest.raises(ValueError, match=r"loss.length_aware looks at '<\|endoftext\|>'.*ends its turns with .*im_end"):
+        check(configured(base, f"student.model={other}", "loss.length_aware=1"))
+
+
 def test_positions_whose_states_depend_on_the_length_of_the_batch_do_not_count(
     base: list[str], tiny_model_path: Path, tmp_path: Path
 ):

@@ -56,9 +56,9 @@ def test_on_the_first_step_every_pair_costs_log_2(student_path, tmp_path, precis
     config = pair_config(student_path, loss={"kd": 0.0, "ce_truth": 0.0}, train={"precision": precision})
     _, logged = run(config, tmp_path, [mixed()])
     metrics = logged[0][1]
-    assert metrics["count/code_mode_preference"] == 3
+    assert metrics["count/code_mode_preference/pair"] == 3
     tolerance = 1e-5 if precision == "float32" else 1e-2
-    assert metrics["loss/code_mode_preference"] == pytest.approx(math.log(2), abs=tolerance)
+    assert metrics["loss/code_mode_preference/pair"] == pytest.approx(math.log(2), abs=tolerance)
     assert metrics["loss/total"] == pytest.approx(math.log(2), abs=tolerance)
     assert metrics["code_mode_eligible"] == pytest.approx(3 / 6), "of the rows, not of the rejected texts"
     assert metrics["code_mode_logprob"] < 0
@@ -69,7 +69,7 @@ def test_training_prefers_the_preferred_over_what_the_reference_thought(student_
     config = pair_config(student_path, loss={"kd": 0.0, "ce_truth": 0.0}, train={"sequences_per_step": 4})
     tables = [make_pairs(4, seed=1, first_uid=4 * number) for number in range(12)]
     _, logged = run(config, tmp_path, tables, num_steps=12)
-    losses = [metrics["loss/code_mode_preference"] for _, metrics in logged]
+    losses = [metrics["loss/code_mode_preference/pair"] for _, metrics in logged]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
     assert losses[-1] < 0.3
 
@@ -99,7 +99,12 @@ def test_micro_batches_and_ranks_change_nothing_for_pairs(student_path, tmp_path
     assert largest_difference(weights(one), weights(many)) <= 1e-6
     assert largest_difference(weights(one), two) <= 1e-6
     for (_, metrics), (_, expected) in zip(two_logged, logged, strict=True):
-        for name in ("loss/total", "loss/code_mode_preference", "count/code_mode_preference", "code_mode_eligible"):
+        for name in (
+            "loss/total",
+            "loss/code_mode_preference/pair",
+            "count/code_mode_preference/pair",
+            "code_mode_eligible",
+        ):
             assert metrics[name] == pytest.approx(expected[name], rel=1e-4), name
     checkpoint = latest_checkpoint(tmp_path / "two")
     assert np.array_equal(read_ledger(checkpoint), one.consumed)
@@ -126,9 +131,9 @@ def test_validation_compares_with_the_same_reference(student_path, tmp_path):
     held_out = held_out.set_column(place, "held_out", pa.array([True] * 6))
     config = pair_config(student_path, train={"validate_every": 1, "learning_rate": 1e-9})
     _, logged = run(config, tmp_path, [held_out, mixed()])
-    measured = next(metrics for _, metrics in logged if "validation/count/code_mode_preference" in metrics)
-    assert measured["validation/count/code_mode_preference"] == 3
-    assert measured["validation/loss/code_mode_preference"] == pytest.approx(math.log(2), abs=1e-4)
+    measured = next(metrics for _, metrics in logged if "validation/count/code_mode_preference/pair" in metrics)
+    assert measured["validation/count/code_mode_preference/pair"] == 3
+    assert measured["validation/loss/code_mode_preference/pair"] == pytest.approx(math.log(2), abs=1e-4)
 
 
 def test_a_second_student_is_there_only_where_pairs_may_come(student_path, tmp_path):

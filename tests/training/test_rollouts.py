@@ -53,7 +53,7 @@ def answer(*ids: int) -> Generated:
 
 
 def incomplete(rewards: list[float]) -> Judged:
-    return Judged(np.array(rewards), np.zeros(len(rewards), dtype=bool))
+    return Judged(np.array(rewards), np.full(len(rewards), math.nan), np.zeros(len(rewards), dtype=bool))
 
 
 TWO_TURNS = example(7, [10, 11, 20, 21, EOS, 12, 22], [0, 0, R, R, R, 0, R])
@@ -77,7 +77,7 @@ def test_rows_carry_prompt_response_advantage_and_the_teachers_length(words):
 
     def score(texts: list[str], teacher_texts: list[str]) -> Judged:
         scored.append((texts, teacher_texts))
-        return Judged(np.array([1.0, 0.5, 0.0, 2.0]), np.array([False, False, True, False]))
+        return Judged(np.array([1.0, 0.5, 0.0, 2.0]), np.array([0.5, 0.25, 0.0, 1.0]), np.array([False, False, True, False]))
 
     config = RolloutConfig(samples=2, length=0.25)
     rows, rewards, lengths = rollout_examples(
@@ -91,6 +91,7 @@ def test_rows_carry_prompt_response_advantage_and_the_teachers_length(words):
     assert lengths.tolist() == [[2, 6], [1, 1]]
     first = rows[0]
     assert (first.uid, first.source, first.target_length) == (7, Source.STUDENT, 3.0)
+    assert [row.quality for row in rows] == [0.5, 0.25, 0.0, 1.0], "what self_evaluation is to say of them"
     assert math.isnan(rows[2].target_length), "a complete response may be as long as it likes"
     assert first.input_ids.tolist() == [10, 11, 40, EOS]
     assert first.marks.tolist() == [0, 0, R, R]
@@ -281,4 +282,4 @@ def test_scores_come_from_ray_tasks_in_order(words, ray_cluster):
     found = score(texts, [""] * 5)
     np.testing.assert_allclose(found.reward, np.exp([0, -1.5, -1.0, 0, -0.15]))
     assert found.complete.tolist() == [False] * 5
-    assert [part.shape for part in score([], [])] == [(0,), (0,)]
+    assert [part.shape for part in score([], [])] == [(0,)] * 3

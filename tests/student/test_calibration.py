@@ -9,7 +9,7 @@ import pytest
 
 from raykd.config import HaltConfig
 from raykd.data.halt_targets import halt_targets
-from raykd.evaluation.calibration import brier, correlation, expected_calibration_error, halting_cost, roc_auc
+from raykd.student.calibration import accuracy, brier, correlation, expected_calibration_error, halting_cost, roc_auc
 
 NAN = math.nan
 
@@ -32,13 +32,20 @@ def test_brier_and_calibration_error_by_hand():
     assert expected_calibration_error(np.array([0.7]), np.array([0.7])) == 0.0  # soft targets are probabilities too
 
 
+def test_accuracy_counts_decisions_from_the_threshold_on():
+    probability, target = np.array([0.2, 0.6, 0.7, 0.9, 0.9]), np.array([0.0, 1.0, 0.4, 0.5, NAN])
+    assert accuracy(probability, target) == pytest.approx(3 / 4)
+    assert accuracy(probability, target, threshold=0.7) == pytest.approx(2 / 4)  # exactly the threshold halts
+    assert accuracy(probability, target, threshold=0.71) == pytest.approx(3 / 4)
+
+
 def test_correlation_leaves_out_what_has_no_score():
     assert correlation(np.array([0.1, 0.2, 0.9, 0.3]), np.array([0.2, 0.4, NAN, 0.6])) == pytest.approx(1.0)
 
 
 def test_data_that_cannot_tell_gives_no_number():
     nothing, unknown = np.empty(0), np.array([NAN, NAN])
-    for measure in (roc_auc, brier, expected_calibration_error, correlation):
+    for measure in (roc_auc, accuracy, brier, expected_calibration_error, correlation):
         assert math.isnan(measure(nothing, nothing))
         assert math.isnan(measure(np.array([0.2, 0.3]), unknown))
     assert math.isnan(roc_auc(np.array([0.2, 0.3]), np.array([1.0, 1.0])))

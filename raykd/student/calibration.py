@@ -35,6 +35,12 @@ def brier(probability: np.ndarray, target: np.ndarray) -> float:
     return float(((probability - target) ** 2).mean()) if len(target) else float("nan")
 
 
+def accuracy(probability: np.ndarray, target: np.ndarray, *, threshold: float = 0.5) -> float:
+    """Share of points where probability [D] reaches `threshold` just where target [D] reaches 0.5."""
+    probability, target = _known(probability, target)
+    return float(((probability >= threshold) == (target >= 0.5)).mean()) if len(target) else float("nan")
+
+
 def expected_calibration_error(probability: np.ndarray, target: np.ndarray, *, num_bins: int = 10) -> float:
     """Mean distance between what was said and what came true, over bins of equal width (Naeini et al., 2015).
 
