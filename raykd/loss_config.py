@@ -337,7 +337,7 @@ class HaltConfig(Section):
     warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps before the halt loss begins."""
     halt_probability: Fraction = 0.5
-    """Generation ends a refinement when the head gives at least this much."""
+    """Generation ends a refinement when the head gives at least this much; validation/halt_accuracy is taken there."""
 
 
 class CodeModeConfig(Section):
