@@ -164,8 +164,9 @@ def _check_end_of_turn(config: Config, tokenizer: PreTrainedTokenizerBase, teach
     if needing and tokenizer.eos_token_id not in ends:
         raise PreflightError(
             f"loss.{needing[0]} looks at {tokenizer.eos_token!r} (id {tokenizer.eos_token_id}), the end-of-turn token of "
-            f"{config.student.tokenizer_folder!r}, but the teacher ends its turns with {tokenizer.convert_ids_to_tokens(ends)}: "
-            "set eos_token of the student's tokenizer to that, or student.tokenizer to a folder where it is"
+            f"{config.student.tokenizer_folder!r}, but the teacher ends its turns with "
+            f"{tokenizer.convert_ids_to_tokens(ends)}: set eos_token of the student's tokenizer to that, or "
+            "student.tokenizer to a folder where it is"
         )
 
 
