@@ -11,9 +11,9 @@ the teacher's answers with its hidden states, half hold their responses (raykd/d
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -314,26 +314,45 @@ def held_out_metrics(trainer: Trainer, feed: Feed, world: World) -> dict[str, fl
 
 
 def measure_cost(config: Config, world: World, folder: Path, repeats: int = 40) -> dict[str, Any]:
-    """Time of a step with all losses over that of a step with kd alone, on the same rows, in turn."""
-    trainers = {"kd": trainer_of(alone(config, "kd"), str(folder), repeats), "all": trainer_of(config, str(folder), repeats)}
-    seconds: dict[str, list[float]] = {name: [] for name in trainers}
-    cpu: dict[str, list[float]] = {name: [] for name in trainers}
-    rows_per_step = 2 * config.train.sequences_per_step
+    """CPU time of a step with all losses over that of a step with kd alone, in turn.
+
+    `same_rows`: of the losses, on the same rows. `whole_step`: also of what they bring along, the rejected halves of pairs,
+    the reference's opinion of them, and the student's own answers, whose sampling counts once in `rollouts.every` steps.
+    """
+    kd_alone, every_loss = (trainer_of(made, str(folder), repeats) for made in (alone(config, "kd"), config))
+    reference = every_loss.reference
+    assert reference is not None, "demo_all has pairs"
+    seconds: dict[str, list[float]] = {name: [] for name in ("kd", "kd_same_rows", "all", "reference", "sampling")}
+
+    @contextlib.contextmanager
+    def timed(name: str) -> Iterator[None]:
+        start = time.process_time()
+        yield
+        seconds[name].append(time.process_time() - start)
+
+    feed, rows_per_step = feed_of(every_loss, world), 2 * config.train.sequences_per_step
     torch.set_num_threads(1)
     for number in range(repeats):
         rows = world.train.slice(number % 8 * rows_per_step, rows_per_step)
-        batches = fixed_batches(trainers["all"], feed_of(trainers["all"], world), world, rows)
-        for name, trainer in trainers.items():
-            start, start_cpu = time.perf_counter(), time.process_time()
-            one_step(trainer, batches)
-            seconds[name].append(time.perf_counter() - start)
-            cpu[name].append(time.process_time() - start_cpu)
-    ratios = [many / one for many, one in zip(cpu["all"][2:], cpu["kd"][2:], strict=True)]
+        own, batches = feed.batches(rows.filter(pa.array(begins_row(rows)))), feed.batches(rows)
+        with timed("reference"):
+            batches = with_reference(reference, batches, every_loss.autocast())
+        with timed("sampling"):
+            batches = batches + sampled(every_loss, feed, world, rows, number).batches
+        for name, trainer, given in (
+            ("kd", kd_alone, own),
+            ("kd_same_rows", kd_alone, batches),
+            ("all", every_loss, batches),
+        ):
+            with timed(name):
+                one_step(trainer, given)
+    ms = {name: 1e3 * np.array(values[2:]) for name, values in seconds.items()}
+    whole = ms["all"] + ms["reference"] + ms["sampling"].mean() / config.rollouts.every
     return {
         "losses": sorted(config.loss.weights),
-        "cpu_ratio": statistics.median(ratios),
-        "median_ms": {name: 1e3 * statistics.median(values[2:]) for name, values in seconds.items()},
-        "cpu_ms": {name: 1e3 * statistics.median(values[2:]) for name, values in cpu.items()},
+        "same_rows": float(np.median(ms["all"] / ms["kd_same_rows"])),
+        "whole_step": float(np.median(whole / ms["kd"])),
+        "cpu_ms": {name: float(np.median(values)) for name, values in ms.items()},
     }
 
 
@@ -349,10 +368,12 @@ def table(rows: Sequence[Measured], cost: Mapping[str, Any], num_steps: int) -> 
             f"| {row.loss} | {row.value:.4f} | {row.gradient_norm:.3g} | {row.count:g} | {row.metric}{note} | "
             f"{row.before:.4f} | {row.after:.4f} | {row.exact_before:.2f} → {row.exact_after:.2f} |"
         )
+    ms = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in cost["cpu_ms"].items())
     lines += [
         "",
-        f"A step with all {len(cost['losses'])} losses takes {cost['cpu_ratio']:.3f} times the CPU time of one with kd "
-        f"alone, on the same rows (medians {cost['cpu_ms']['all']:.1f} and {cost['cpu_ms']['kd']:.1f} ms).",
+        f"A step with all {len(cost['losses'])} losses takes {cost['same_rows']:.3f} times the CPU time of one with kd "
+        f"alone, on the same rows, and {cost['whole_step']:.2f} times with what they bring along: rejected halves, the "
+        f"reference's opinion of them, the student's own answers (medians in ms: {ms}).",
     ]
     return "\n".join(lines) + "\n"
 
