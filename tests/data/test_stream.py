@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from dataclasses import replace
@@ -297,7 +298,9 @@ def test_a_teacher_that_gives_nothing_for_too_many_prompts_ends_the_stream_as_th
         list(shard.iter_batches(batch_size=4, batch_format="pyarrow"))
     mistake = users_mistake(error.value)
     assert isinstance(mistake, DataError)
-    assert str(mistake).startswith("2 of 8 rows are unusable, more than data.max_rejected_fraction=0.2 allows; the last: ")
+    # Two of the rows of each of two blocks, which Ray may hand on as one.
+    words = r"[24] of 8 rows are unusable, more than data\.max_rejected_fraction=0\.2 allows; the last: "
+    assert re.match(words, str(mistake))
     assert "error: nothing" in (tmp_path / "run" / "rejected.jsonl").read_text()
 
 
