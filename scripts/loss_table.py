@@ -2,7 +2,7 @@
 
 In:  configs/demo.yaml and configs/demo_all.yaml, the demo world. Out: bench/losses.md (Markdown) and bench/losses.json.
 
-    python scripts/loss_table.py [--steps 100] [--prompts 100] [--only kd halt …]
+    python scripts/loss_table.py [--steps 100] [--prompts 80] [--only kd halt …]
 
 All starts are the same: the demo student after some steps of kd, so that there is something to lose. Half of the rows are
 the teacher's answers with its hidden states, half hold their responses (raykd/demo/offline.py). One process, no Ray.
@@ -95,9 +95,9 @@ class World:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps with one loss alone")
-    parser.add_argument("--warm-steps", type=int, default=300, help="steps of kd before")
-    parser.add_argument("--prompts", type=int, default=100, help="held-out prompts for the exact-call rate")
-    parser.add_argument("--rows", type=int, default=480, help="training rows of either kind")
+    parser.add_argument("--warm-steps", type=int, default=450, help="steps of kd before")
+    parser.add_argument("--prompts", type=int, default=80, help="held-out prompts for the exact-call rate")
+    parser.add_argument("--rows", type=int, default=600, help="training rows of either kind")
     parser.add_argument("--only", nargs="*", choices=LOSSES, default=LOSSES)
     args = parser.parse_args()
     torch.set_num_threads(2)
