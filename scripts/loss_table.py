@@ -257,8 +257,8 @@ def exact_calls(trainer: Trainer, world: World) -> float:
 
 
 def fixed_batches(trainer: Trainer, feed: Feed, world: World, rows: pa.Table | None = None) -> list[Batch]:
-    """24 rows of both kinds (or the given ones), with the student's own answers to some where the loss looks at them."""
-    rows = world.train.slice(0, 24) if rows is None else rows
+    """160 rows of both kinds (or the given ones), with the student's own answers to some where the loss looks at them."""
+    rows = world.train.slice(0, 160) if rows is None else rows  # so many that every loss has something to look at
     batches = feed.batches(rows)
     if trainer.config.rollouts.prompts_per_step:
         batches += sampled(trainer, feed, world, rows, 0).batches
