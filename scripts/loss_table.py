@@ -286,12 +286,12 @@ def measure(config: Config, name: str, world: World, folder: Path, num_steps: in
     trainer = trainer_of(config, str(folder), num_steps)
     trainer.loss_state = probe.loss_state  # scales and frequencies, measured once
     feed = feed_of(trainer, world)
-    words, key = METRICS.get(name, ("the loss on held-out rows", f"loss/{name}"))
+    words, key = METRICS.get(name, ("the loss on held-out rows", "loss/total"))
     before = held_out_metrics(trainer, feed, world)
     run(trainer, feed, world, num_steps)
     after, exact_after = held_out_metrics(trainer, feed, world), exact_calls(trainer, world)
     row = Measured(
-        name, once[f"loss/{name}"], once["grad_norm"], once[f"count/{name}"], words, before[key], after[key],
+        name, once["loss/total"], once["grad_norm"], sum(once[f"count/{term}"] for term in config.loss.terms), words, before[key], after[key],
         exact_before, exact_after,
     )  # fmt: skip
     print(row, flush=True)
