@@ -290,8 +290,9 @@ def measure(config: Config, name: str, world: World, folder: Path, num_steps: in
     before = held_out_metrics(trainer, feed, world)
     run(trainer, feed, world, num_steps)
     after, exact_after = held_out_metrics(trainer, feed, world), exact_calls(trainer, world)
+    count = sum(once[f"count/{term}"] for term in config.loss.terms)
     row = Measured(
-        name, once["loss/total"], once["grad_norm"], sum(once[f"count/{term}"] for term in config.loss.terms), words, before[key], after[key],
+        name, once["loss/total"], once["grad_norm"], count, words, before[key], after[key],
         exact_before, exact_after,
     )  # fmt: skip
     print(row, flush=True)
