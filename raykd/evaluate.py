@@ -1,8 +1,11 @@
 """`python -m raykd.evaluate --config a.yaml … key=value … [--models name=folder …] [--report-only]`: judge a run.
 
-In:  the run's config; the newest checkpoint of its run folder; held-out prompts with gold.
+In:  the run's config; the newest checkpoint of its run folder; held-out prompts with gold; further models, each a run folder
+     (its newest checkpoint), a checkpoint, an export of raykd.export (bfloat16 or INT8), or any Hugging Face folder.
 Out: a table (teacher, student, untrained student, and further models by name), `<run>/report/results.json`,
      `report.md` and `report.html`. With --report-only nothing is judged: the report is written from what the run left.
+
+A checkpoint of stage qat is judged as the INT8 model that it was trained as.
 """
 
 from __future__ import annotations
@@ -10,18 +13,22 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from raykd.cli import ConfigError, exit_code, parse, run_folder, start_ray
+from raykd.evaluation.models import ModelFiles
 from raykd.evaluation.prompts import EvaluationError
 from raykd.evaluation.report import write_report
-from raykd.evaluation.results import METRICS, Results, format_estimate
+from raykd.evaluation.results import METRICS, Results, fact_rows, format_estimate, speed_note
 from raykd.evaluation.runner import evaluate
+from raykd.sample_config import LatentConfig
+from raykd.stage_config import QuantizationConfig
 from raykd.tracing import quiet_ray
-from raykd.training.checkpoint import STUDENT, latest_checkpoint, verify
+from raykd.training.checkpoint import HEADS, STATE, STUDENT, latest_checkpoint, read_state, verify
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -35,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ConfigError(f"--report-only: found no run in {run}; check run.dir and run.name")
     else:
         quiet_ray()
-        student = _newest_student(run)
+        found = {"student": _newest_student(run)} | {name: find_model(path) for name, path in models.items()}
         start_ray(config)
-        print_results(evaluate(config, {"student": student, **models}, folder))
+        print_results(evaluate(config, found, folder))
     path = write_report(run, config.evaluate.num_examples)
     Console().print(f"Report: {path}", soft_wrap=True)
 
@@ -61,12 +68,35 @@ def _split_models(argv: Sequence[str]) -> tuple[dict[str, Path], list[str]]:
     return models, rest
 
 
-def _newest_student(run: Path) -> Path:
-    checkpoint = latest_checkpoint(run)
-    if checkpoint is None:
+def _newest_student(run: Path) -> ModelFiles:
+    if latest_checkpoint(run) is None:
         raise EvaluationError(f"found no checkpoint in {run / 'checkpoints'}: train first, or check run.dir and run.name")
+    return find_model(run)
+
+
+def find_model(path: Path) -> ModelFiles:
+    """What a path holds: the newest checkpoint of a run, a checkpoint, or a Hugging Face folder (`check_model` looks at it).
+
+    Errors: CheckpointError for a damaged checkpoint.
+    """
+    checkpoint = path if (path / STATE).is_file() else latest_checkpoint(path)
+    folder = path if checkpoint is None else checkpoint / STUDENT
+    heads = folder / HEADS if checkpoint is None else checkpoint / HEADS
+    files = ModelFiles(folder, heads if heads.is_file() else None)
+    if checkpoint is None:
+        return files
     verify(checkpoint)
-    return checkpoint / STUDENT
+    state = read_state(checkpoint)
+    trained = state["config"]
+    quantization = QuantizationConfig.model_validate(trained.get("quantization", {}))
+    latent = LatentConfig.model_validate(trained.get("latent", {}))
+    is_int8 = trained.get("stage") == "qat" and state["step"] > quantization.start_step
+    return replace(
+        files,
+        quantization=quantization if is_int8 else None,
+        precision=trained["train"]["precision"],
+        latent=latent if latent.stages else None,
+    )
 
 
 def print_results(results: Results) -> None:
@@ -85,9 +115,14 @@ def print_results(results: Results) -> None:
     if any(ratios):
         row = ("–" if ratio is None else format_estimate("exact_call", ratio) for ratio in ratios)
         table.add_row("exact calls, share of the teacher's", *row)
+    table.add_section()
+    for words, cells in fact_rows(results):
+        table.add_row(words, *cells)
+    table.caption, table.caption_justify = speed_note(results), "left"
     console = Console()
     if not console.is_terminal:
-        console.width = 140  # a file or a log has no width; the default would break every cell
+        # A file or a log has no width; the default would break every cell.
+        console.width = max(140, 64 + 27 * len(results.models))
     console.print(table)
 
 

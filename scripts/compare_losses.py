@@ -20,6 +20,7 @@ from typing import Any
 
 from raykd.cli import load_config, start_ray
 from raykd.data.sources import prepare_prompts
+from raykd.evaluation.models import ModelFiles
 from raykd.evaluation.runner import evaluate
 from raykd.tracing import quiet_ray
 from raykd.training.checkpoint import read_state
@@ -98,7 +99,7 @@ def judge(runs: list[tuple[str, int]], overrides: list[str]) -> list[dict[str, A
     for variant, seed in runs:
         for checkpoint in (FOLDER / run_name(variant, seed) / "checkpoints").glob("checkpoint-*"):
             name = f"{run_name(variant, seed)}-{checkpoint.name}"
-            models[name] = checkpoint / "student"
+            models[name] = ModelFiles(checkpoint / "student")
             state = read_state(checkpoint)
             facts[name] = {"variant": variant, "seed": seed, "step": state["step"], "tokens": state["response_tokens"]}
     results = evaluate(config, models, FOLDER / "judged")

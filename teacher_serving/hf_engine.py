@@ -30,7 +30,7 @@ from teacher_serving.arrow import (
     shipped_states,
 )
 from teacher_serving.config import HfTeacherConfig, SamplingConfig
-from teacher_serving.types import TeacherInfo
+from teacher_serving.types import TeacherInfo, token_limits
 
 
 class HfEngine:
@@ -73,11 +73,14 @@ class HfEngine:
         answers = [Answer.error(problem) if problem else NOTHING for problem in problems]
         prompt = ListColumn.of(prompts, "prompt_ids")
         uids = prompts.column("uid").to_pylist()
+        limits = token_limits(prompts, self._config.sampling.max_tokens)
         rows = [row for row, problem in enumerate(problems) if problem is None]
         with self._turn:
             for start in range(0, len(rows), self._config.max_num_seqs):
                 batch = rows[start : start + self._config.max_num_seqs]
-                written = self._write([prompt.row(row) for row in batch], [uids[row] for row in batch])
+                written = self._write(
+                    [prompt.row(row) for row in batch], [uids[row] for row in batch], [limits[row] for row in batch]
+                )
                 for row, answer in zip(batch, written, strict=True):
                     answers[row] = answer
         return answers
@@ -130,11 +133,11 @@ class HfEngine:
         return self._take_states()
 
     @torch.inference_mode()
-    def _write(self, prompts: list[np.ndarray], uids: list[int]) -> list[Answer]:
+    def _write(self, prompts: list[np.ndarray], uids: list[int], limits: list[int]) -> list[Answer]:
         """Write a batch, padded on the left, until every sequence has stopped or is full."""
         sampling = self._config.sampling
         stop = self.info.eos_token_ids if sampling.stop_token_ids is None else sampling.stop_token_ids
-        room = [min(sampling.max_tokens, self.info.max_model_len - len(prompt)) for prompt in prompts]
+        room = [min(limit, self.info.max_model_len - len(prompt)) for limit, prompt in zip(limits, prompts, strict=True)]
         width = max(len(prompt) for prompt in prompts)
         ids = torch.zeros(len(prompts), width, dtype=torch.long, device=self._device)
         mask = torch.zeros_like(ids)

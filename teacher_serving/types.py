@@ -20,6 +20,7 @@ PROMPT_SCHEMA = pa.schema(
         ("prompt_ids", pa.list_(pa.int32())),  # [P]
     ]
 )
+"""A column `max_tokens` (int32) beside these takes the place of `sampling.max_tokens`, row by row."""
 
 SEQUENCE_SCHEMA = pa.schema(
     [
@@ -82,6 +83,11 @@ class Teacher(Protocol):
     def close(self) -> None:
         """Release the model. Idempotent."""
         ...
+
+
+def token_limits(prompts: pa.Table, max_tokens: int) -> list[int]:
+    """Most tokens that each row may be answered with: its own number where it has one, else `max_tokens`."""
+    return prompts["max_tokens"].to_pylist() if "max_tokens" in prompts.column_names else [max_tokens] * prompts.num_rows
 
 
 class TeacherDeadError(RuntimeError):

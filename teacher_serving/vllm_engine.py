@@ -40,7 +40,7 @@ from teacher_serving.arrow import NOTHING, Answer, ListColumn, answers_table, fi
 from teacher_serving.config import VllmTeacherConfig
 from teacher_serving.faults import planned_fault
 from teacher_serving.identity import context_limit, cpu_kv_cache_bytes
-from teacher_serving.types import TeacherDeadError, TeacherInfo
+from teacher_serving.types import TeacherDeadError, TeacherInfo, token_limits
 from teacher_serving.vllm_states import received_states, settings_for_states
 
 ARRAYS_KEPT_IN = ("0.32.",)
@@ -126,6 +126,7 @@ class VllmEngine:
         prompt = ListColumn.of(prompts, "prompt_ids")
         uids = prompts.column("uid").to_pylist()
         sampling = self._config.sampling
+        limits = token_limits(prompts, sampling.max_tokens)
 
         def request(row: int, attempt: int) -> _Request:
             prompt_ids = prompt.row(row).tolist()
@@ -134,7 +135,7 @@ class VllmEngine:
                 top_p=sampling.top_p,
                 top_k=sampling.sample_top_k,
                 seed=None if sampling.temperature == 0.0 else request_seed(sampling.seed, uids[row], attempt),
-                max_tokens=min(sampling.max_tokens, self.info.max_model_len - len(prompt_ids)),
+                max_tokens=min(limits[row], self.info.max_model_len - len(prompt_ids)),
                 stop_token_ids=list(self._stop_token_ids),
                 logprobs=self._config.top_k,
             )

@@ -1,4 +1,6 @@
+import hashlib
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -6,12 +8,18 @@ import yaml
 
 from raykd.config import Config
 from raykd.demo.corpus import write_prompts
-from raykd.evaluate import _split_models, main, print_results
+from raykd.demo.offline import generate_rows
+from raykd.evaluate import _split_models, find_model, main, print_results
+from raykd.evaluation.models import ModelFiles
 from raykd.evaluation.report import write_report
 from raykd.evaluation.results import load_completions, load_results
 from raykd.evaluation.runner import evaluate
+from raykd.sample_config import LatentConfig
+from raykd.stage_config import QuantizationConfig
+from raykd.student.heads import make_heads, save_heads
 from tests.conftest import save_tiny_model
 from tests.moved_ids import save_moved
+from tests.training.tiny_run import make_config, make_rows, run, save_student
 
 
 @pytest.fixture
@@ -41,16 +49,24 @@ def command_line(tmp_path: Path, settings: dict) -> list[str]:
     return ["--config", str(path)]
 
 
+def write_drafts(path: Path) -> None:
+    rows = [row for row in generate_rows(12, 0, "held_out") if row["id"].endswith("refinement")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 @pytest.mark.vllm
 @pytest.mark.ray
 @pytest.mark.slow
 def test_every_model_is_judged_on_the_same_prompts_through_the_engine(
     tmp_path, settings, tiny_model_path, ray_cluster, capsys
 ):
-    """The judged student is the teacher itself, so that what must come out is known."""
+    """The judged student is the teacher itself, so that what must come out is known; it also has heads, untrained ones."""
     folder = tmp_path / "runs" / "judged" / "report"
+    save_heads(make_heads(64, {"halt": 1.0, "self_evaluation": 1.0}), tmp_path / "heads.safetensors")
+    write_drafts(tmp_path / "drafts.jsonl")
+    settings["evaluate"] |= {"refinements": str(tmp_path / "drafts.jsonl"), "max_refined": 2, "num_timed": 2}
     config = Config.model_validate(settings)
-    results = evaluate(config, {"student": tiny_model_path}, folder)
+    results = evaluate(config, {"student": ModelFiles(tiny_model_path, tmp_path / "heads.safetensors")}, folder)
     teacher, student, untrained = (results.models[name] for name in ("teacher", "student", "untrained"))
 
     assert student.metrics["kl"].value == pytest.approx(0.0, abs=1e-3)
@@ -61,15 +77,33 @@ def test_every_model_is_judged_on_the_same_prompts_through_the_engine(
     assert student.fingerprint == teacher.fingerprint != untrained.fingerprint
     assert "kl" not in teacher.metrics
     assert teacher.metrics["call_decision"].num_prompts == results.data["num_prompts"] == 6
+    assert all(model.metrics["caws_compliance"].num_prompts == 6 for model in results.models.values())
+    assert all(model.metrics["first_call_tokens"].value == math.inf for model in results.models.values())  # random models
+
+    weights = (tiny_model_path / "model.safetensors").stat().st_size
+    assert all(model.facts["weight_bytes"] == weights for model in results.models.values())
+    for model in results.models.values():
+        assert model.facts["tokens_per_s"] > 0
+        assert 0 < model.facts["first_token_s"] <= model.facts["first_token_s_p95"] < math.inf
+        assert model.facts["first_call_s"] == math.inf
+        assert " cores, " in model.machine
+    assert student.metrics["halt_oracle_loops"].num_prompts == results.data["refinements"]["num_rows"] == 4
+    assert {"halt_auc", "halt_ece", "halt_brier", "halt_loops", "refine_loops", "self_evaluation_ece"} <= set(
+        student.metrics
+    )
+    assert student.metrics["refine_loops"].num_prompts == 2
+    assert not any(name.startswith(("halt", "refine")) for name in {**teacher.metrics, **untrained.metrics})
 
     rows = load_completions(folder)
     assert all(row["completions"]["teacher"] == row["completions"]["student"] for row in rows)
     assert any(row["completions"]["teacher"] != row["completions"]["untrained"] for row in rows)
     assert load_results(folder) == results
-    assert not (folder / "untrained").exists()
+    assert not (folder / "made").exists()
 
     print_results(results)
-    assert "untrained" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    for words in ("untrained", "halting: AUC", "tokens a second", "∞"):
+        assert words in printed
     assert write_report(tmp_path / "runs" / "judged", 3).is_file()
 
 
@@ -88,11 +122,18 @@ def test_a_student_under_other_ids_is_asked_and_judged_in_its_own(tmp_path, sett
     settings["student"]["new_tokens"] = {"<bot>": "start of thought"}
     settings["evaluate"]["max_prompts"] = 3
     save_moved(tmp_path / "moved", tiny_model_path, extra=())
-    results = evaluate(Config.model_validate(settings), {"student": tmp_path / "moved"}, tmp_path / "report")
+    moved = ModelFiles(tmp_path / "moved")
+    models = {"student": moved, "int8": ModelFiles(tmp_path / "moved", quantization=QuantizationConfig())}
+    results = evaluate(Config.model_validate(settings), models, tmp_path / "report")
     metrics = results.models["student"].metrics
     assert metrics["kl"].value == pytest.approx(0.0, abs=1e-3)
     assert metrics["perplexity"].value == pytest.approx(results.models["teacher"].metrics["perplexity"].value, rel=1e-3)
     assert results.models["untrained"].metrics["kl"].value > 0.1
+    int8 = results.models["int8"]  # of stage qat: the folder has its float weights, but it is judged as INT8
+    assert metrics["kl"].value + 1e-4 < int8.metrics["kl"].value < 0.1
+    assert int8.facts["weight_bytes"] < 0.65 * results.models["student"].facts["weight_bytes"]
+    assert int8.path == results.models["student"].path
+    assert int8.fingerprint != results.models["student"].fingerprint
     rows = load_completions(tmp_path / "report")
     assert all(row["completions"]["teacher"] == row["completions"]["student"] for row in rows)
     assert any(row["completions"]["teacher"] != row["completions"]["untrained"] for row in rows)
@@ -105,7 +146,7 @@ def test_a_run_without_a_checkpoint_is_refused_before_anything_starts(tmp_path, 
 
 def test_a_model_that_is_not_there_is_refused_before_anything_starts(tmp_path, settings):
     with pytest.raises(ValueError, match=r"'student': found no Hugging Face model in .*nowhere"):
-        evaluate(Config.model_validate(settings), {"student": tmp_path / "nowhere"}, tmp_path)
+        evaluate(Config.model_validate(settings), {"student": ModelFiles(tmp_path / "nowhere")}, tmp_path)
     settings["teacher"]["model"] = str(tmp_path / "no-teacher")
     with pytest.raises(ValueError, match="no model folder"):
         evaluate(Config.model_validate(settings), {}, tmp_path)
@@ -117,7 +158,7 @@ def test_a_model_with_another_vocabulary_is_refused(tmp_path, settings, demo_tok
     tokenizer["added_tokens"][-1]["special"] = not tokenizer["added_tokens"][-1]["special"]
     (path / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     with pytest.raises(ValueError, match="different vocabularies"):
-        evaluate(Config.model_validate(settings), {"student": path}, tmp_path)
+        evaluate(Config.model_validate(settings), {"student": ModelFiles(path)}, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -141,13 +182,13 @@ def test_held_out_prompts_that_cannot_be_used_are_an_error_and_no_number(
         path.write_text(content, encoding="utf-8")
     settings["data"]["held_out"] = str(path)
     with pytest.raises(ValueError, match=reason):
-        evaluate(Config.model_validate(settings), {"student": tiny_model_path}, tmp_path / "out")
+        evaluate(Config.model_validate(settings), {"student": ModelFiles(tiny_model_path)}, tmp_path / "out")
 
 
 def test_without_held_out_prompts_nothing_is_judged(tmp_path, settings, tiny_model_path):
     settings["data"]["held_out"] = None
     with pytest.raises(ValueError, match=r"data\.held_out is not set"):
-        evaluate(Config.model_validate(settings), {"student": tiny_model_path}, tmp_path / "out")
+        evaluate(Config.model_validate(settings), {"student": ModelFiles(tiny_model_path)}, tmp_path / "out")
 
 
 @pytest.mark.parametrize("word", ["folder", "=folder", "student=x"])
@@ -169,3 +210,59 @@ def test_a_report_of_nothing_is_refused(tmp_path, settings):
     (tmp_path / "runs" / "judged").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"neither metrics\.jsonl nor"):
         main([*command_line(tmp_path, settings), "--report-only"])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The folder of a run of four steps with a halt head, with checkpoints after steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("trained")
+    save_student(folder / "student")
+    config = make_config(folder / "student", loss={"halt": 0.1}, train={"checkpoint_every": 2})
+    run(config, folder / "run", [make_rows(32)])
+    return folder / "run"
+
+
+def change_config(checkpoint: Path, **sections) -> None:
+    """Change the config in state.json, and its hash in the manifest with it."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["config"] |= sections
+    content = json.dumps(state).encode()
+    (checkpoint / "state.json").write_bytes(content)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"]["state.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_run_is_its_newest_checkpoint_and_brings_its_heads(trained, tiny_model_path):
+    checkpoints = trained / "checkpoints"
+    newest, older = (checkpoints / f"checkpoint-{step}" for step in (4, 2))
+    assert find_model(trained) == ModelFiles(newest / "student", newest / "heads.safetensors")
+    assert find_model(older) == ModelFiles(older / "student", older / "heads.safetensors")
+    assert find_model(newest / "student") == ModelFiles(newest / "student")  # a plain folder, without what lies beside it
+    assert find_model(tiny_model_path) == ModelFiles(tiny_model_path)
+
+
+def test_a_checkpoint_of_stage_qat_is_int8_once_its_layers_are(trained):
+    checkpoint = trained / "checkpoints" / "checkpoint-2"
+    stages = [{"steps": 1, "slots": 2, "probability": 0.5}]
+    change_config(checkpoint, stage="qat", quantization={"symmetric_activations": False}, latent={"stages": stages})
+    found = find_model(checkpoint)
+    assert found.quantization == QuantizationConfig(symmetric_activations=False)
+    assert found.precision == "float32"
+    assert found.latent == LatentConfig.model_validate({"stages": stages})
+    change_config(checkpoint, quantization={"start_step": 2})
+    assert find_model(checkpoint).quantization is None
+
+
+def test_a_damaged_checkpoint_is_refused(trained):
+    with (trained / "checkpoints" / "checkpoint-4" / "heads.safetensors").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(ValueError, match=r"heads\.safetensors has .* bytes, the manifest says"):
+        find_model(trained)
+
+
+def test_refinements_without_a_head_to_judge_are_refused(tmp_path, settings, tiny_model_path):
+    write_drafts(tmp_path / "drafts.jsonl")
+    settings["evaluate"]["refinements"] = str(tmp_path / "drafts.jsonl")
+    with pytest.raises(ValueError, match="none of student has a halt or a self-evaluation head: train with loss.halt"):
+        evaluate(Config.model_validate(settings), {"student": ModelFiles(tiny_model_path)}, tmp_path / "out")

@@ -19,6 +19,8 @@ did, and a model that abstains scores 0: its counts stay, its sums are 0. Withou
         call_count             as many calls as needed
         exact_call             the same calls, names and arguments, in any order
         argument_f1            2 * pairs in common / (pairs written + pairs needed)
+        early_calls            the first valid call was complete within EARLY_TOKENS tokens
+        first_call_tokens      tokens until it was; infinitely many without one. Its estimate is the median
     on prompts with gold values
         integration_precision  values stated that the gold answer states / values stated
         integration_recall     gold values stated / gold values
@@ -29,6 +31,7 @@ Values are compared by type: "3" is not 3 and true is not 1; 3 and 3.0 are one n
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,6 +42,7 @@ from typing import Any
 import numpy as np
 from jsonschema import Draft202012Validator
 
+from raykd.data.detokenize import TokenText
 from raykd.data.extractors import ToolCall, extract_tool_calls, find_integration_spans
 
 Score = dict[str, tuple[float, float]]
@@ -46,6 +50,10 @@ Score = dict[str, tuple[float, float]]
 
 CALL_MARKERS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
 """What begins a call and nothing else: a text with one tried to call, though what follows may not be readable as one."""
+
+
+EARLY_TOKENS = 25
+"""Tokens within which a first call should be complete."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +90,8 @@ def score_completion(
     >>> score["tool_name"], score["exact_call"], score["argument_f1"]
     ((1.0, 1.0), (0.0, 1.0), (2.0, 4.0))
     """
-    schemas = {
-        function["name"]: function.get("parameters", {}) for function in (tool.get("function", tool) for tool in tools)
-    }
-    calls = extract_tool_calls(text, frozenset(schemas)) if schemas else extract_tool_calls(text)
+    schemas = _schemas(tools)
+    calls = _calls(text, schemas)
     score: Score = {}
     if gold.calls is not None:
         called = bool(calls) or any(marker in text for marker in CALL_MARKERS)
@@ -101,10 +107,35 @@ def score_completion(
     return score
 
 
+def score_first_call(written: TokenText, tools: Sequence[Mapping[str, Any]]) -> Score:
+    """How soon a completion to a prompt with gold calls made its first valid call: one that fits an offered tool."""
+    schemas = _schemas(tools)
+    first = next((call for call in _calls(written.text, schemas) if _is_valid(call, schemas)), None)
+    tokens = math.inf
+    if first is not None:
+        tokens = float(np.argmax(written.offsets[:, 1] >= first.call_span.end) + 1)
+    return {"early_calls": (float(tokens <= EARLY_TOKENS), 1.0), "first_call_tokens": (tokens, 1.0)}
+
+
+def _schemas(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Parameter schemas of the offered tools by name."""
+    functions = (tool.get("function", tool) for tool in tools)
+    return {function["name"]: function.get("parameters", {}) for function in functions}
+
+
+def _calls(text: str, schemas: Mapping[str, Any]) -> list[ToolCall]:
+    return extract_tool_calls(text, frozenset(schemas)) if schemas else extract_tool_calls(text)
+
+
+def _is_valid(call: ToolCall, schemas: Mapping[str, Any]) -> bool:
+    parses = call.arguments is not None and _is_json(call)
+    return parses and call.name in schemas and _fits(call.arguments, schemas[call.name])
+
+
 def _score_calls(calls: Sequence[ToolCall], gold: Sequence[Mapping[str, Any]], schemas: Mapping[str, Any]) -> Score:
     parsed = [call for call in calls if call.arguments is not None and _is_json(call)]
     all_parse = bool(calls) and len(parsed) == len(calls)
-    valid = all_parse and all(call.name in schemas and _fits(call.arguments, schemas[call.name]) for call in calls)
+    valid = bool(calls) and all(_is_valid(call, schemas) for call in calls)
     names, gold_names = Counter(call.name for call in calls), Counter(call["name"] for call in gold)
     written = Counter(_canonical([call.name, call.arguments]) for call in parsed)
     wanted = Counter(_canonical([call["name"], call["arguments"]]) for call in gold)
@@ -241,6 +272,19 @@ def estimate(scores: Sequence[Score], metric: str, weights: np.ndarray) -> Estim
     value, resampled = _ratios(scores, metric, weights)
     low, high = np.nanquantile(resampled, (0.025, 0.975))
     return Estimate(value, float(low), float(high), covered)
+
+
+def estimate_median(scores: Sequence[Score], metric: str, weights: np.ndarray) -> Estimate | None:
+    """As `estimate`, of a metric that may be infinite: the median, of two in the middle the lower one."""
+    values = np.array([score[metric][0] for score in scores if metric in score])
+    if not len(values):
+        return None
+    order = np.argsort(values, kind="stable")
+    covered = np.flatnonzero([metric in score for score in scores])
+    times = np.concatenate([np.ones((1, len(scores)), np.int64), weights])[:, covered[order]].cumsum(axis=1)
+    medians = values[order][(2 * times >= times[:, -1:]).argmax(axis=1)][times[:, -1] > 0]
+    low, high = np.quantile(medians[1:], (0.025, 0.975), method="inverted_cdf") if len(medians) > 1 else medians[[0, 0]]
+    return Estimate(float(medians[0]), float(low), float(high), len(values))
 
 
 def compare(student: Sequence[Score], teacher: Sequence[Score], metric: str, weights: np.ndarray) -> Estimate | None:

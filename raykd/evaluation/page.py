@@ -14,7 +14,7 @@ from typing import Any
 
 from raykd.evaluation.highlight import CLASSES, highlight
 from raykd.evaluation.metrics import Gold, score_completion
-from raykd.evaluation.results import METRICS, TEACHER, Results, format_estimate
+from raykd.evaluation.results import METRICS, TEACHER, Results, fact_rows, format_estimate, speed_note, tier_rows
 
 KIND_METRICS = ("call_decision", "exact_call", "argument_f1", "integration_recall")
 """What is shown for every kind of prompt."""
@@ -144,6 +144,8 @@ def _results(results: Results | None) -> str:
     ratios = [results.models[name].ratios.get("exact_call") for name in names]
     if any(ratios):
         rows.append(["<b>exact calls, share of the teacher's</b>", *(_estimate("exact_call", r) for r in ratios)])
+    rows += [[escape(words), *map(escape, cells)] for words, cells in fact_rows(results)]
+    note = speed_note(results)
     header = [
         "",
         *(f"{escape(n)}<br><span class=soft>{results.models[n].num_parameters:,} parameters</span>" for n in names),
@@ -152,7 +154,9 @@ def _results(results: Results | None) -> str:
         f"<h2>{results.data['num_prompts']} held-out prompts</h2>"
         '<p class="soft">Greedy decoding through one engine; in brackets 95 % bootstrap intervals over prompts.</p>'
         + table(header, rows)
+        + (f'<p class="soft">{escape(note)}</p>' if note else "")
         + _by_kind(results)
+        + _by_tier(results)
     )
 
 
@@ -168,6 +172,11 @@ def _by_kind(results: Results) -> str:
     if not rows:
         return ""
     return "<h2>By kind of prompt</h2>" + table(["", *map(escape, results.models)], rows)
+
+
+def _by_tier(results: Results) -> str:
+    rows = [[escape(words), *(_estimate(*cell) for cell in cells)] for words, cells in tier_rows(results)]
+    return "<h2>Halting by CAWS tier</h2>" + table(["", *map(escape, results.models)], rows) if rows else ""
 
 
 def _figures(figures: Mapping[str, str]) -> str:
@@ -239,9 +248,11 @@ def identity_rows(results: Results) -> list[tuple[str, str]]:
     """Fingerprints of models, data and code, as (what, which)."""
     models = [(f"{name}: {model.path}", model.fingerprint) for name, model in results.models.items()]
     packages = [(f"package {name}", version) for name, version in results.code["packages"].items()]
-    data = (f"held-out prompts: {results.data['path']}", f"sha256 {results.data['sha256']}")
+    data = [(f"held-out prompts: {results.data['path']}", f"sha256 {results.data['sha256']}")]
+    if refinements := results.data.get("refinements"):
+        data.append((f"drafts that heads are judged on: {refinements['path']}", f"sha256 {refinements['sha256']}"))
     settings = [(f"evaluate.{name}", str(value)) for name, value in results.settings.items()]
-    return [*models, data, ("code", results.code["fingerprint"]), *packages, *settings]
+    return [*models, *data, ("code", results.code["fingerprint"]), *packages, *settings]
 
 
 def _identity(record: RunRecord) -> str:

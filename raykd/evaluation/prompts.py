@@ -1,6 +1,7 @@
 """The held-out prompts a model is judged on, with what the data says about the right answers.
 
-In:  the files of data.held_out: rows as for training, and optionally `gold_calls`, `gold_values` and `kind`.
+In:  the files of data.held_out: rows as for training, and optionally `gold_calls`, `gold_values` and `kind`; rows of
+     data.offline too, whose response then stands for the gold calls where it is asked how many calls a prompt needs.
 Out: `JudgedPrompts`. Raises EvaluationError where there is nothing to judge on or the gold is not what it should be.
 """
 
@@ -18,8 +19,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from raykd.config import Config
 from raykd.data.chat import tokenize_row
+from raykd.data.code_mode import tool_use
 from raykd.data.conversation import RowError, from_json_text, read_calls
-from raykd.data.readers import SourceFile, cut, find_files, read_rows
+from raykd.data.readers import RawRow, SourceFile, cut, find_files, read_rows
+from raykd.evaluation.answer_scores import prefers_code
 from raykd.evaluation.metrics import Gold
 from teacher_serving.types import TeacherInfo
 
@@ -41,6 +44,8 @@ class JudgedPrompt:
     tools: list[dict[str, Any]]
     prompt_ids: np.ndarray  # int32 [P]
     gold: Gold
+    caws_tier: int = 2  # that its answer is to keep
+    prefers_code: bool = False  # the tools should be called through code (raykd/data/code_mode.py)
 
 
 @dataclass(frozen=True)
@@ -80,12 +85,9 @@ def load_judged_prompts(config: Config, teacher: TeacherInfo) -> JudgedPrompts:
         )
     files = find_files(config.data.held_out, "data.held_out")
     tokenizer = AutoTokenizer.from_pretrained(config.teacher.model)
-    rows = [(file, row) for file in files for shard in cut(file, WHOLE_FILE) for row in read_rows(shard)]
-    chosen = np.random.default_rng(config.run.seed).permutation(len(rows))[: config.evaluate.max_prompts]
+    rows = all_rows(files)
     prompts, rejected = [], []
-    for index in sorted(chosen.tolist()):
-        file, row = rows[index]
-        where = f"{file.name}:{row.line}"
+    for where, row in sample(rows, config):
         try:
             if row.error:
                 raise RowError(row.error)
@@ -93,7 +95,19 @@ def load_judged_prompts(config: Config, teacher: TeacherInfo) -> JudgedPrompts:
         except RowError as error:
             rejected.append(f"{where}: {error}")
     _check(prompts, rejected, config)
-    return JudgedPrompts(prompts, str(config.data.held_out), _sha256(files), len(rows), rejected)
+    return JudgedPrompts(prompts, str(config.data.held_out), sha256_of(files), len(rows), rejected)
+
+
+def all_rows(files: list[SourceFile]) -> list[tuple[str, RawRow]]:
+    """All rows of the files, each with its place, file:line."""
+    shards = [(file, shard) for file in files for shard in cut(file, WHOLE_FILE)]
+    return [(f"{file.name}:{row.line}", row) for file, shard in shards for row in read_rows(shard)]
+
+
+def sample(rows: list[tuple[str, RawRow]], config: Config) -> list[tuple[str, RawRow]]:
+    """At most evaluate.max_prompts rows, drawn by run.seed, in their order."""
+    chosen = np.random.default_rng(config.run.seed).permutation(len(rows))[: config.evaluate.max_prompts]
+    return [rows[index] for index in sorted(chosen.tolist())]
 
 
 def _judged(
@@ -115,14 +129,19 @@ def _judged(
         overlong=config.data.on_long_prompt,
         held_out=True,
     ).prompt
+    messages, gold = json.loads(prompt.messages_json), Gold(calls=_gold_calls(row), values=_gold_values(row))
+    response = row.get("teacher_text")
+    num_calls = tool_use(response).num_calls if gold.calls is None and isinstance(response, str) else len(gold.calls or ())
     return JudgedPrompt(
         uid=uid,
         key=key,
         kind=None if row.get("kind") is None else str(row["kind"]),
-        messages=json.loads(prompt.messages_json),
+        messages=messages,
         tools=json.loads(prompt.tools_json),
         prompt_ids=prompt.prompt_ids,
-        gold=Gold(calls=_gold_calls(row), values=_gold_values(row)),
+        gold=gold,
+        caws_tier=prompt.caws_tier or config.loss.caws_tier,
+        prefers_code=prefers_code(messages, num_calls, config.code_mode),
     )
 
 
@@ -155,7 +174,8 @@ def _check(prompts: list[JudgedPrompt], rejected: list[str], config: Config) -> 
         raise EvaluationError(f"data.held_out={config.data.held_out} holds no prompt: expected at least one row")
 
 
-def _sha256(files: list[SourceFile]) -> str:
+def sha256_of(files: list[SourceFile]) -> str:
+    """Hash of the bytes of all files, in order."""
     digest = hashlib.sha256()
     for file in files:
         with file.path.open("rb") as stream:

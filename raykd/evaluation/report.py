@@ -37,13 +37,25 @@ from raykd.evaluation.results import (
     RESULTS_FILE,
     TEACHER,
     Results,
+    fact_rows,
     format_estimate,
     load_completions,
     load_results,
+    speed_note,
+    tier_rows,
 )
 from raykd.tracing import METRICS_FILE, read_metrics
 
 LOSSES = ("kd", "ce_teacher", "ce_truth", "tool_name", "json_argument", "integration_copy")
+HEAD_METRICS = {
+    "halting, AUC": "halt_auc",
+    "halting, calibration error": "halt_ece",
+    "halting, Brier score": "halt_brier",
+    "halting, right decisions": "halt_accuracy",
+    "self-evaluation, correlation": "self_evaluation_correlation",
+    "self-evaluation, calibration error": "self_evaluation_ece",
+}
+"""What training logs of the heads at each validation, and its words in the figure."""
 COLOURS = ("#2f5fd0", "#d9572b", "#2b9a66", "#b03fc0", "#b8860b", "#5c6678")
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -120,12 +132,14 @@ def draw_figures(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
     accuracies = {"tool names": "tool_name", "arguments": "json_argument", "all tokens": "response"}
     pairs = {words: (f"accuracy/{key}", f"validation/accuracy/{key}") for words, key in accuracies.items()}
     kl = {"KL(teacher || student)": ("teacher_kl", "validation/teacher_kl")}
+    heads = {words: ("", f"validation/{key}") for words, key in HEAD_METRICS.items()}
     speeds = {"teacher": "speed/teacher_tokens_per_s", "student": "speed/student_tokens_per_s"}
     waits = {"trainer waits for the teacher": "wait/teacher_s", "teacher waits for the trainer": "wait/trainer_s"}
     figures = {
         "Losses": _by_step(metrics, "Losses, nats a token", losses, log=True),
         "KL to the teacher": _by_step(metrics, "KL to the teacher, nats a token", kl, log=True),
         "Accuracy": _by_step(metrics, "Share of tokens predicted", pairs, log=False),
+        "Heads": _by_step(metrics, "Halt and self-evaluation heads", heads, log=False),
         "Throughput": _by_time(metrics, "Throughput, tokens a second", speeds),
         "Waits": _by_time(metrics, "Waits, seconds a step", waits | {"whole step": "seconds"}),
         "Learning rate": _by_step(metrics, "Learning rate", {"learning rate": ("learning_rate", "")}, log=False),
@@ -250,6 +264,7 @@ def _markdown_results(results: Results | None) -> list[str]:
     rows.append(
         ["exact calls, share of the teacher's", *(_cell("exact_call", m.ratios.get("exact_call")) for m in models.values())]
     )
+    rows += [[_text(words), *cells] for words, cells in fact_rows(results)]
     kinds = [
         [f"{_text(kind)}: {_text(METRICS[metric])}", *(_cell(metric, m.by_kind[kind].get(metric)) for m in models.values())]
         for kind in models[TEACHER].by_kind
@@ -261,7 +276,10 @@ def _markdown_results(results: Results | None) -> list[str]:
         "Greedy decoding through one engine; in brackets 95 % bootstrap intervals over prompts.",
         _table(header, rows),
     ]
-    return parts + (["### By kind of prompt", _table(["", *map(_text, models)], kinds)] if kinds else [])
+    parts += [_text(note)] if (note := speed_note(results)) else []
+    parts += ["### By kind of prompt", _table(["", *map(_text, models)], kinds)] if kinds else []
+    tiers = [[_text(words), *(_cell(*cell) for cell in cells)] for words, cells in tier_rows(results)]
+    return parts + (["### Halting by CAWS tier", _table(["", *map(_text, models)], tiers)] if tiers else [])
 
 
 def _markdown_example(row: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 
-from raykd.evaluation.metrics import Gold, score_completion
+from raykd.evaluation.metrics import Estimate, Gold, score_completion
 from raykd.evaluation.prompts import JudgedPrompt, JudgedPrompts
 from raykd.evaluation.results import Judged, save_results, summarise
 from raykd.tracing import Tracer
@@ -49,6 +49,7 @@ def write_metrics(run: Path, num_steps: int = 60) -> None:
             )
             if step % 15 == 1:
                 tracer.log(step, {"validation/loss/kd": 1.6 * decay + 0.06, "validation/teacher_kl": 1.6 * decay + 0.06})
+                tracer.log(step, {"validation/halt_auc": 1 - 0.5 * decay, "validation/self_evaluation_ece": 0.2 * decay})
 
 
 def write_run(run: Path, config) -> None:
@@ -76,5 +77,12 @@ def write_run(run: Path, config) -> None:
         ]
         for score in judged[name].scores:
             score["perplexity"] = (2.0, 4.0)
+            score["first_call_tokens"] = (21.0 if name == "teacher" else math.inf, 1.0)
+        judged[name].facts = {"weight_bytes": 2.5e6, "first_call_s": 0.0125, "first_call_s_p95": math.inf}
+        judged[name].machine = "1 of 2 cores, <made> up"
+    halting = {"halt_auc": Estimate(0.75, 0.5, 1.0, 9), "halt_loops": Estimate(1.5, 1.25, 1.75, 9)}
+    judged["student"].of_heads = halting
+    judged["student"].by_tier = {"tier 2": halting, "tier 3": {"halt_loops": Estimate(2.5, 2.0, 3.0, 4)}}
     held_out = JudgedPrompts(prompts, "held_out.jsonl", "ab" * 32, 12, [])
-    save_results(summarise(judged, held_out, config), judged, held_out, run / "report")
+    drafts = {"path": "drafts.jsonl", "sha256": "cd" * 32, "num_rows": 9}
+    save_results(summarise(judged, held_out, config, drafts), judged, held_out, run / "report")

@@ -5,7 +5,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raykd.evaluation.metrics import Estimate, Gold, compare, estimate, flatten, resample, score_completion
+from raykd.data.detokenize import TokenText
+from raykd.evaluation.metrics import (
+    Estimate,
+    Gold,
+    compare,
+    estimate,
+    estimate_median,
+    flatten,
+    resample,
+    score_completion,
+    score_first_call,
+)
 
 
 def tool(name: str, **properties: dict) -> dict:
@@ -156,6 +167,40 @@ def test_a_value_too_short_to_be_found_as_reused_is_looked_for_word_for_word():
 def test_precision_of_a_model_that_states_nothing_is_0_not_undefined():
     scores = [score_completion("", RESULT, TOOLS, Gold(calls=[], values=["A1145"]))] * 3
     assert estimate(scores, "integration_precision", resample(3, 20, seed=0)) == Estimate(0.0, 0.0, 0.0, 3)
+
+
+def first_call(text: str, characters_per_token: int = 4) -> tuple[float, float]:
+    """(early_calls, first_call_tokens) of a text whose tokens are so many characters each."""
+    starts = np.arange(0, len(text), characters_per_token)
+    offsets = np.stack([starts, np.minimum(starts + characters_per_token, len(text))], axis=1)
+    score = score_first_call(TokenText(text, offsets), TOOLS)
+    assert {count for _, count in score.values()} == {1.0}
+    return score["early_calls"][0], score["first_call_tokens"][0]
+
+
+def test_the_first_valid_call_counts_when_its_last_brace_is_written():
+    text = json.dumps(ADD)
+    assert len(text) == 46
+    assert first_call(text) == (1.0, 12.0)
+    assert first_call(text + "x" * 400) == (1.0, 12.0)
+    assert first_call("y" * 200 + text) == (0.0, 62.0)
+    invalid = written({"name": "add", "arguments": {"a": "1", "b": 2}}, {"name": "other", "arguments": {}})
+    assert first_call(invalid + written(ADD))[1] > len(invalid) / 4
+
+
+@pytest.mark.parametrize(
+    "text", ["", "No.", '{"name": "add", "arguments": {"a": 1', written({"name": "add", "arguments": {}})]
+)
+def test_a_text_without_a_valid_call_took_infinitely_long(text):
+    assert first_call(text) == (0.0, np.inf)
+
+
+def test_the_median_counts_those_that_never_came_and_its_interval_may_be_infinite():
+    scores = [{"first_call_tokens": (tokens, 1.0)} for tokens in (10.0, 20.0, 30.0, np.inf)] + [{}]
+    weights = np.array([[1, 1, 1, 1, 1], [4, 0, 0, 0, 1], [0, 0, 0, 2, 3], [0, 0, 0, 0, 5]])
+    assert estimate_median(scores, "first_call_tokens", weights) == Estimate(20.0, 10.0, np.inf, 4)
+    assert estimate_median(scores[3:], "first_call_tokens", resample(2, 10, seed=0)) == Estimate(np.inf, np.inf, np.inf, 1)
+    assert estimate_median([{}, {}], "first_call_tokens", resample(2, 10, seed=0)) is None
 
 
 def scores_of(*outcomes: float) -> list[dict]:

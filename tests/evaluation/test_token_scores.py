@@ -10,7 +10,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from raykd.config import StudentConfig
+from raykd.evaluation.models import ModelFiles, make_int8
 from raykd.evaluation.token_scores import score_by_teacher, score_examples
+from raykd.stage_config import QuantizationConfig
 from raykd.student.model import load_student
 from teacher_serving.config import HfTeacherConfig
 from teacher_serving.connect import connect
@@ -84,3 +86,28 @@ def test_a_student_with_more_tokens_than_its_teacher_is_judged_on_all_of_its_own
     for folder, expected in ((tmp_path / "grown", found), (tiny_model_path, own)):  # each as it is saved
         saved = score_by_teacher(config, str(folder), str(tiny_model_path), prompts, teacher_rows, num_threads=1)
         assert_close([dict(score) for score in saved], expected, 1e-5)
+
+
+def test_accuracies_of_classes_add_up_to_those_of_the_arguments_and_leave_out_what_is_not_there(
+    tiny_model_path, prompts, teacher_rows
+):
+    own = scores_of(StudentConfig(model=str(tiny_model_path)), tiny_model_path, prompts, teacher_rows)
+    of_call = own[1]
+    keys, values = of_call["argument_key_tokens"], of_call["argument_value_tokens"]
+    assert 0 < keys[1] + values[1] < of_call["json_argument_tokens"][1]  # braces, colons and quotes too
+    assert keys[0] + values[0] <= of_call["json_argument_tokens"][0]
+    assert not {"claim_tokens", "integration_tokens"} & set().union(*own)
+
+
+def test_an_int8_model_is_scored_with_the_arithmetic_that_it_was_trained_in(
+    tmp_path, tiny_model_path, prompts, teacher_rows
+):
+    config, teacher = StudentConfig(model=str(tiny_model_path)), str(tiny_model_path)
+    trained = ModelFiles(tiny_model_path, quantization=QuantizationConfig())
+    exported = make_int8(config, trained, tmp_path / "int8")
+    assert exported == ModelFiles(tmp_path / "int8")
+    scores = score_by_teacher(config, str(exported.folder), teacher, prompts, teacher_rows, num_threads=1)
+    own = scores_of(config, tiny_model_path, prompts, teacher_rows)
+    kl = [sum(score["kl"][part] for score in scores) for part in (0, 1)]
+    assert 1e-4 < kl[0] / kl[1] < 0.1  # of its float self
+    assert [dict(score).keys() for score in scores] == [score.keys() for score in own]

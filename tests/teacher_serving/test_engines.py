@@ -105,6 +105,15 @@ def test_both_engines_agree_on_what_they_write_and_on_what_they_are_given(adapt,
     assert_agree(engine.score_answers(given), hf.score_answers(given), top_k)
 
 
+def test_a_row_may_have_a_limit_of_its_own(engine: VllmEngine):
+    asked = prompts(engine, 4)
+    limited = asked.append_column("max_tokens", pa.array([1, 2, 3, 24], pa.int32()))
+    whole, cut = engine.generate_answers(asked), engine.generate_answers(limited)
+    for answer, part, limit in zip(whole, cut, (1, 2, 3, 24), strict=True):
+        assert part.output_ids.tolist() == answer.output_ids[:limit].tolist()
+    assert_agree(cut, reference(engine).generate_answers(limited), top_k=64)
+
+
 def test_scoring_what_was_written_gives_the_same_numbers(engine: VllmEngine):
     written = engine.generate(prompts(engine, 8))
     scored = engine.score(written.select(["uid", "prompt_ids", "output_ids"]))
