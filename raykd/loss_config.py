@@ -1,4 +1,4 @@
-"""Options of the losses, and of what only losses need: latent spans, halting, code mode, rollouts. A part of config.py."""
+"""Options of the losses. A part of config.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Weight = Annotated[float, Field(ge=0.0)]
 class Section(BaseModel):
     """A part of the configuration: immutable, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, serialize_by_alias=True)
 
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tvd", "skewed_forward_kl", "skewed_reverse_kl"]
@@ -21,6 +21,7 @@ Support = Literal["topk_tail", "topk_renorm", "topk_zero", "full"]
 
 LOSSES = (
     "kd",
+    "self_kd",
     "ce_teacher",
     "ce_truth",
     "tool_name",
@@ -42,6 +43,17 @@ LOSSES = (
     "policy_gradient",
 )
 """Every loss: its weight in `LossConfig`, its key in the logs (`loss/<name>`), its function (`<name>_loss`)."""
+
+PROCESS_LOSSES = (
+    "tool_name",
+    "tool_choice",
+    "json_argument",
+    "json_grammar",
+    "integration_copy",
+    "copy_mass",
+    "number_contradiction",
+)
+"""Those that supervise the steps of tool use: which tool, with which arguments, and what becomes of its result."""
 
 
 class Schedule(Section):
@@ -85,6 +97,9 @@ class LossConfig(Section):
 
     kd: Weight = 1.0
     """Divergence between the teacher's and the student's next-token distributions, on all response tokens."""
+    self_kd: Weight = 0.0
+    """KL(student as the run began || student) over the whole vocabulary, on all response tokens; the former is frozen and
+    in float: in stage qat what the INT8 student is to stay close to."""
     ce_teacher: Weight = 0.0
     """Cross-entropy on text that the teacher wrote."""
     ce_truth: Weight = 0.0
@@ -109,6 +124,8 @@ class LossConfig(Section):
     """Self-evaluation head against the quality score of the sequence, at the end of the response."""
     halt: Weight = 0.0
     """Cross-entropy of the halt head at the decision points of refinement loops."""
+    halt_ponder: Weight = 0.0
+    """Refinement loops to expect of the halt head, mean over the sequences with decision points."""
     caws_compliance: Weight = 0.0
     """Unlikelihood of latent spans beyond the tier's budget and of unbalanced <bot> and <eot>."""
     claim_extraction: Weight = 0.0
@@ -123,6 +140,10 @@ class LossConfig(Section):
     policy_gradient: Weight = 0.0
     """REINFORCE with a leave-one-out baseline on the rewards of student rollouts (`rollouts`)."""
 
+    process_share: Fraction | None = None
+    """Share of the losses on tool use (tool_name, tool_choice, json_argument, json_grammar, integration_copy, copy_mass,
+    number_contradiction) in the weights: theirs add up to it, those of all others to the rest, each in the ratios given
+    above. None: the weights are taken as they are."""
     schedules: dict[str, Schedule] = {}
     """Course of any weight above, or of kd_temperature, by name; replaces the number given there."""
 
@@ -176,11 +197,9 @@ class LossConfig(Section):
     """Share of every halt target that is spread over both classes."""
     halt_class_weights: tuple[Weight, Weight] | None = None
     """Weights of (continue, halt). None: inverse frequencies, as a running mean over the steps."""
-    halt_ponder: Weight = 0.0
-    """A loss of its own: refinement loops to expect of the halt head, mean over the sequences with decision points."""
     caws_tier: Literal[1, 2, 3] = 2
-    """CAWS tier. For all sequences of the run: at most 0, 1 or 3 latent spans in caws_compliance and in the rewards of
-    rollouts.caws. For refinements that name no `caws_tier`: at most 1, 2 or 3 loops in the targets of halt."""
+    """CAWS tier of samples whose data names none (`caws_tier`): at most 0, 1 or 3 latent spans in caws_compliance and in the
+    rewards of rollouts.caws, at most 1, 2 or 3 loops of a refinement in the targets of halt."""
     code_mode_positive_weight: Weight = 1.0
     """Weight of the likelihood of code within code_mode_preference."""
     code_mode_negative_weight: Weight = 1.0
@@ -220,13 +239,29 @@ class LossConfig(Section):
             "early_tool_call": {"": self.early_tool_prior_weight, "/ce": self.early_tool_ce_weight},
             "length_aware": {"": 1.0, "/excess": 1.0},
         }  # fmt: skip
-        parts = {name: factors.get(name, {"": 1.0}) for name in self.weights}
-        return {name + part: self.weights[name] * factor for name in parts for part, factor in parts[name].items()}
+        weights = self._shared(self.weights)
+        parts = {name: factors.get(name, {"": 1.0}) for name in weights}
+        return {name + part: weights[name] * factor for name in parts for part, factor in parts[name].items()}
+
+    def _shared(self, weights: dict[str, float]) -> dict[str, float]:
+        """The weights with `process_share` applied."""
+        if self.process_share is None:
+            return weights
+        of_process = sum(weight for name, weight in weights.items() if name in PROCESS_LOSSES)
+        of_others = sum(weights.values()) - of_process
+        scale = {True: self.process_share / (of_process or 1.0), False: (1.0 - self.process_share) / (of_others or 1.0)}
+        return {name: weight * scale[name in PROCESS_LOSSES] for name, weight in weights.items()}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.weights:
             raise ValueError("every loss weight is 0: set at least one of the weights in `loss` above 0")
+        on = {name in PROCESS_LOSSES for name in self.weights}
+        if self.process_share is not None and len(on) < 2:
+            raise ValueError(
+                f"loss.process_share={self.process_share:g} with {', '.join(self.weights)} alone: it shares the weights out "
+                f"between {', '.join(PROCESS_LOSSES)} and the others; set one of each kind above 0, or no process_share"
+            )
         unknown = sorted(self.schedules.keys() - {*LOSSES, "kd_temperature"})
         if unknown:
             raise ValueError(f"loss.schedules has {unknown[0]!r}; expected names of losses, or kd_temperature")
@@ -260,125 +295,4 @@ class LossConfig(Section):
             self.json_structure_weight or self.json_key_weight or self.json_value_weight
         ):
             raise ValueError("loss.json_argument is the only loss but all its class weights are 0")
-        return self
-
-
-class LatentStage(Section):
-    """One stage of the latent curriculum."""
-
-    until_step: int | None = Field(default=None, ge=1)
-    """The stage ends before this optimizer step; None: it is the last."""
-    steps: int = Field(ge=1)
-    """m: so many reasoning steps of a response are replaced."""
-    slots: int = Field(ge=1)
-    """c: slots for each of them."""
-    probability: Fraction
-    """p: share of the sequences that are rewritten."""
-
-
-class LatentConfig(Section):
-    """Reasoning steps replaced by latent slots: `<bot>` slot ... slot `<eot>`."""
-
-    stages: tuple[LatentStage, ...] = ()
-    """The curriculum; none: sequences stay as they are."""
-    mode: Literal["mask", "continuous"] = "mask"
-    """mask: slots have a learned embedding. continuous: the hidden state before a slot is its input embedding."""
-    loops: int = Field(default=1, ge=1)
-    """continuous: forward passes that fill the slots (Hao et al., 2024); at most as many as a span has slots."""
-    begin: str = "<bot>"
-    """Token that opens a span."""
-    end: str = "<eot>"
-    """Token that closes it."""
-    slot: str = "<slot>"
-    """Token of the slots."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        untils = [stage.until_step for stage in self.stages]
-        known = [until for until in untils if until is not None]
-        if known != sorted(set(known)) or None in untils[:-1]:
-            raise ValueError(f"latent.stages end at steps {untils}; expected rising until_step, null at most in the last")
-        num_slots = max((stage.steps * stage.slots for stage in self.stages), default=0)
-        if self.mode == "continuous" and not self.stages:
-            raise ValueError("latent.mode=continuous without latent.stages has no effect: there are no slots; add stages")
-        if self.loops > 1 and self.mode == "mask":
-            raise ValueError(
-                f"latent.loops={self.loops} with latent.mode=mask has no effect: no pass fills the slots; use "
-                "mode=continuous"
-            )
-        if self.loops > max(num_slots, 1):
-            raise ValueError(
-                f"latent.loops={self.loops} with spans of at most {num_slots} slots (steps x slots of latent.stages): "
-                f"passes beyond that change nothing; use latent.loops={num_slots} or fewer"
-            )
-        return self
-
-
-class HaltConfig(Section):
-    """When a refinement loop should end: targets of the halt head, and the same rule when generating."""
-
-    max_loops: int = Field(default=3, ge=1)
-    """Loops of a conversation that names no number of its own."""
-    judge_threshold: Fraction = 0.8
-    """Quality from which halting is possible."""
-    delta_threshold: Fraction = 0.05
-    """Improvement over the last `delta_window` loops below which it is not worth going on."""
-    delta_window: int = Field(default=1, ge=1)
-    """Loops that the improvement is measured over."""
-    delta_relative: bool = False
-    """Measure the improvement as a share of the earlier score."""
-    soft_targets: bool = False
-    """Probabilities instead of 0 and 1: the two thresholds become logistic curves."""
-    soft_width: float = Field(default=0.02, gt=0)
-    """Width of those curves, in units of the score; towards 0 they become the thresholds again."""
-    curriculum_stage: Literal[0, 1, 2] | None = None
-    """What decides where no judge does. 0: go on until the cap; 1: halt once 3/4 of the allowed loops are done; 2: half of
-    them. None: nothing does; those points have no target."""
-    warmup_steps: int = Field(default=0, ge=0)
-    """Optimizer steps before the halt loss begins."""
-    halt_probability: Fraction = 0.5
-    """Generation ends a refinement when the head gives at least this much; validation/halt_accuracy is taken there."""
-
-
-class CodeModeConfig(Section):
-    """Which samples should call tools through code; one of the rules is enough."""
-
-    min_tools: int = Field(default=2, ge=1)
-    """At least so many tool calls."""
-    min_intermediate_chars: int = Field(default=10_000, ge=1)
-    """A tool result of at least so many characters."""
-    pii_patterns: tuple[str, ...] = (r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,255}\.\w", r"\b\d{3}-\d{2}-\d{4}\b")
-    """Regular expressions of personal data; a tool result that matches makes the sample eligible."""
-
-
-class RolloutConfig(Section):
-    """Responses sampled from the student while it trains, for the losses that need its own text."""
-
-    prompts_per_step: int = Field(default=0, ge=0)
-    """Prompts of the step that the student answers too, over all workers; 0: no rollouts."""
-    samples: int = Field(default=4, ge=2)
-    """Answers to each; their mean reward without one's own is the baseline."""
-    every: int = Field(default=1, ge=1)
-    """Steps that train on the same answers: those are sampled in the first of them, and again after a restart."""
-    max_tokens: int = Field(default=128, ge=1)
-    """Longest answer in tokens."""
-    temperature: float = Field(default=1.0, gt=0.0)
-    """Sampling temperature."""
-    clip: float = Field(default=0.2, gt=0.0)
-    """PPO's clip of the probability ratio, where answers are trained on in more than one step (`every`)."""
-    caws: Weight = 1.0
-    """Weight of the CAWS compliance score in the reward."""
-    claims: Weight = 0.0
-    """Weight of the claim score against the teacher's text in the reward."""
-    length: Weight = 0.0
-    """Weight of the penalty for answers longer than the teacher's in the reward."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        default = type(self).model_fields["clip"].default
-        if self.every == 1 and self.clip != default:
-            raise ValueError(
-                f"rollouts.clip={self.clip:g} with rollouts.every=1 has no effect: answers are always fresh and no ratio is "
-                f"clipped; set rollouts.every above 1, or leave the clip at {default:g}"
-            )
         return self

@@ -62,6 +62,16 @@ class Source(enum.IntEnum):
     STUDENT = 2  # the student, or somebody whom nobody should follow (the rejected half of a pair): never cross-entropy
 
 
+class CawsTier(NamedTuple):
+    """What a response of a tier may have at most."""
+
+    max_spans: int  # latent spans
+    max_loops: int  # of a refinement
+
+
+CAWS_TIERS = {1: CawsTier(0, 1), 2: CawsTier(1, 2), 3: CawsTier(3, 3)}
+
+
 class Span(NamedTuple):
     """Half-open range [start, end): characters of a text, or tokens of `input_ids`; the function says which."""
 
@@ -85,6 +95,7 @@ class Prompt:
     recorded_ids: np.ndarray | None = None  # int32 [T]
     response_mask: np.ndarray | None = None  # bool [T]
     held_out: bool = False  # a validation prompt: never trained on
+    caws_tier: int = 0  # that the row names; 0: none
 
 
 EXAMPLE_SCHEMA = pa.schema(
@@ -109,6 +120,7 @@ EXAMPLE_SCHEMA = pa.schema(
         ("sampled_logprobs", pa.list_(pa.float32())),  # [R] nats, of that response under the weights that sampled it
         ("pair", pa.int64()),  # the same |pair| > 0 on two rows: > 0 is preferred to < 0; 0: none
         ("reference_logprob", pa.float32()),  # nats, sum over the response under the reference student; NaN: none
+        ("caws_tier", pa.int8()),  # of CAWS_TIERS, where the row names one; 0: none
         ("target_length", pa.float32()),  # the teacher's response tokens, beside one sampled from the student; NaN: none
         ("halt_targets", pa.list_(pa.float32())),  # [D] probability of halting at each DECISION token; NaN: unknown
         ("set_position", pa.list_(pa.int32())),  # [S] the token, as an index of input_ids
@@ -150,6 +162,7 @@ class Example:
     sampled_logprobs: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))  # [R] or none
     pair: int = 0
     reference_logprob: float = math.nan
+    caws_tier: int = 0
     target_length: float = math.nan
     halt_targets: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))  # [D]
     set_position: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # [S], each RESPONSE
@@ -192,6 +205,7 @@ class Batch:
     quality: torch.Tensor = field(default_factory=_no_floats)  # float32 [B]; NaN: none
     pair: torch.Tensor = field(default_factory=_no_ints)  # int64 [B]
     reference_logprob: torch.Tensor = field(default_factory=_no_floats)  # float32 [B]; NaN: none
+    caws_tier: torch.Tensor = field(default_factory=partial(torch.empty, 0, dtype=torch.int8))  # int8 [B]; 0: not named
     target_length: torch.Tensor = field(default_factory=_no_floats)  # float32 [B]; NaN: none
     decision_index: torch.Tensor = field(default_factory=_no_ints)  # int64 [D], each DECISION token in the flattened [B*T]
     halt_targets: torch.Tensor = field(default_factory=_no_floats)  # float32 [D]; NaN: unknown
@@ -243,6 +257,7 @@ class StudentOutput:
     layers: tuple[torch.Tensor, ...] = ()  # [B, T, H] each, outputs of the decoder layers that were asked for
     halt_logits: torch.Tensor | None = None  # [D, 2] (continue, halt) at the decision points
     quality_logits: torch.Tensor | None = None  # [B] at the end of each response
+    reference_hidden: torch.Tensor | None = None  # [B, T, H] of the student as the run began, frozen: for self_kd
 
 
 @dataclass(frozen=True)

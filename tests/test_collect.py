@@ -78,6 +78,7 @@ def test_files_of_what_was_collected_give_the_examples_of_the_stream_bit_for_bit
     model.save_pretrained(padded)
     demo_tokenizer.save_pretrained(padded)
     rows = [{"messages": [{"role": "user", "content": f"{n}?"}, *CHAT], "tools": TOOLS} for n in range(3)]
+    rows[0]["caws_tier"] = 3
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     teacher = {"kind": "hf", "model": str(padded), "device": "cpu", "top_k": 200, "batch_size": 2, "hidden_layers": [0, 1]}
     base = {"run": {"name": "run", "dir": str(tmp_path)}, "student": {"model": str(padded)}}
@@ -89,6 +90,7 @@ def test_files_of_what_was_collected_give_the_examples_of_the_stream_bit_for_bit
     stream = example_stream(config, prompt_set, 0, np.empty(0, np.int64), unexpected)
     streamed = {e.uid: e for block in stream.iter_batches(batch_format="pyarrow") for e in rows_of(block)}
     assert streamed
+    assert sorted(example.caws_tier for example in streamed.values()) == [0, 0, 3]
     assert any((example.topk_logprobs == -np.inf).any() for example in streamed.values()), "some ids were padding"
     for name, export in (("all.jsonl", export_jsonl), ("all.parquet", export_parquet)):
         assert export(config, prompt_set, str(tmp_path / name)) == 3

@@ -18,9 +18,10 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from raykd.data.answer_generation import answer_turns, as_messages, up_to_last_answer
 from raykd.data.conversation import Conversation, RowError, json_text, read_conversation
 from raykd.data.extractors import token_mask
-from raykd.data.refinement import read_refinements
+from raykd.data.refinement import read_refinements, row_tier
 from raykd.types import Prompt, Span
 
 Completions = Literal["teacher", "recorded"]
@@ -56,6 +57,7 @@ def tokenize_row(
     max_tokens: int,
     overlong: Overlong = "reject",
     held_out: bool = False,
+    answers_only: bool = False,
 ) -> TokenizedRow:
     """One row of the user's data as a `Prompt`.
 
@@ -64,9 +66,12 @@ def tokenize_row(
     a row without one takes its `gold_calls` as the turn.
 
     `max_tokens` bounds the prompt (teacher) or prompt and recorded part together (recorded). Longer rows are refused, or
-    lose their beginning: only whole assistant turns stay supervised, and what is lost is counted. Raises RowError.
+    lose their beginning: only whole assistant turns stay supervised, and what is lost is counted. With `answers_only` the
+    answers to tool results are all that is asked for, or supervised (answer_generation.py). Raises RowError.
     """
-    conversation = read_conversation(row, completions)
+    conversation = read_conversation(as_messages(row), completions)
+    if answers_only:
+        conversation = up_to_last_answer(conversation, completions)
     read_refinements(conversation.messages)  # a row whose loops make no sense is refused here
     messages_json, tools_json = json_text(conversation.messages, "messages"), json_text(conversation.tools, "tools")
     if completions == "teacher":
@@ -76,6 +81,8 @@ def tokenize_row(
         limit_reason = f"the prompt has {len(ids)} tokens"
     else:
         text, spans = _recorded_text(tokenizer, conversation)
+        if answers_only:
+            spans = [spans[turn] for turn in answer_turns(conversation.messages)]
         ids, offsets = _tokenize(tokenizer, text[: spans[-1].end])
         mask = token_mask(offsets, spans)
         if not mask.any():
@@ -104,6 +111,7 @@ def tokenize_row(
         recorded_ids=recorded_ids,
         response_mask=response_mask,
         held_out=held_out,
+        caws_tier=row_tier(row),
     )
     return TokenizedRow(prompt, cut, lost)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from raykd.data.extractors import ToolCall, extract_tool_calls
-from raykd.loss_config import CodeModeConfig
+from raykd.sample_config import CodeModeConfig
 from raykd.types import Span
 
 _FENCE = re.compile(r"^[ \t]*+(```+|~~~+)[ \t]*+(\w*)[^\n]*+(?:\n|\Z)", re.MULTILINE)

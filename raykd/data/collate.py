@@ -63,6 +63,7 @@ def collate_kd_batch(examples: pa.Table | Sequence[Example], pad_id: int) -> Bat
         quality=_scalar(table, "quality"),
         pair=_scalar(table, "pair"),
         reference_logprob=_scalar(table, "reference_logprob"),
+        caws_tier=_scalar(table, "caws_tier"),
         target_length=_scalar(table, "target_length"),
         decision_index=torch.from_numpy(place[(flat_marks & Mark.DECISION) != 0]),
         halt_targets=torch.from_numpy(_flat(table, "halt_targets")[0].astype(np.float32)),

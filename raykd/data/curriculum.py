@@ -21,7 +21,7 @@ import pyarrow as pa
 from raykd.config import Config
 from raykd.data.detokenize import decode_tokens
 from raykd.data.examples import example_from_row, examples_to_table
-from raykd.loss_config import LatentConfig, LatentStage
+from raykd.sample_config import LatentConfig, LatentStage
 from raykd.types import ARGUMENT_MARKS, EXAMPLE_SCHEMA, Example, Mark, Source, Span
 from raykd.vocabulary import token_id
 

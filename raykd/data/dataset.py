@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from raykd.data.examples import build_examples
+from raykd.data.examples import Wanted
 from raykd.data.offline_files import FileIndex, index_file, read_examples
-from raykd.data.offline_rows import Build, RowReader
+from raykd.data.offline_rows import RowReader
 from raykd.data.pairs import numbered
 from raykd.data.prompt_rows import Reject
 from raykd.data.readers import DataError
@@ -126,12 +126,13 @@ class KDDataset(IterableDataset[Example]):
         max_rejected_fraction: float = 0.01,
         rejected_file: str | Path | None = None,
         vocabulary_fingerprint: str | None = None,
-        build: Build = build_examples,
+        wanted: Wanted = Wanted(),  # noqa: B008 (frozen)
     ):
         """Index the files. `files`: paths, with weights where the mixture is not one to one.
 
-        `rank` of `world_size` reads every world_size-th row. `strict`: any unusable row is an error. Raises DataError for
-        unreadable files, headers that do not fit, and more than `max_rejected_fraction` unusable rows.
+        `rank` of `world_size` reads every world_size-th row. `strict`: any unusable row is an error. `wanted`: targets of
+        the examples (`Wanted.by` gives those of a run). Raises DataError for unreadable files, headers that do not fit, and
+        more than `max_rejected_fraction` unusable rows.
         """
         super().__init__()
         weights = dict(files) if isinstance(files, Mapping) else {str(path): 1.0 for path in files}
@@ -142,7 +143,7 @@ class KDDataset(IterableDataset[Example]):
         self.index = join_indexes([index_file(path, *vocabularies) for path in weights], list(weights.values()))
         self.rejected: list[Reject] = []  # in the process that iterates
         self.position = 0  # rows of this rank's order that were read, in the process that iterates
-        self._reader = RowReader(tokenizer, top_k, max_tokens, build)
+        self._reader = RowReader(tokenizer, top_k, max_tokens, wanted)
         self._seed, self._shuffle, self._held_out = seed, shuffle, held_out
         self._rank, self._world_size = rank, world_size
         self._limit = 0.0 if strict else max_rejected_fraction

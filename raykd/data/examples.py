@@ -1,7 +1,7 @@
 """Teacher output to training examples: the one way, whether it comes from the stream, the cache or a recorded file.
 
-In:  a table with prompt columns (uid, messages_json, tools_json, prompt_ids, held_out, and for recorded conversations
-     response_mask) and the columns of `TEACHER_OUTPUT_SCHEMA`.
+In:  a table with prompt columns (uid, messages_json, tools_json, prompt_ids, held_out, caws_tier, and for recorded
+     conversations response_mask) and the columns of `TEACHER_OUTPUT_SCHEMA`.
 Out: a table of `EXAMPLE_SCHEMA`, and a table of the rows that gave no example, with the reason.
 
 The ids are the axis: what the teacher emitted (or scored) is never tokenised again. Text is decoded once per assistant
@@ -29,8 +29,8 @@ from raykd.data.grammar import ToolGrammars, offered_schemas
 from raykd.data.id_sets import CopyIndex, Turn
 from raykd.data.integration import ResultIndex
 from raykd.data.process_targets import SET_LOSSES, SeenResult, join_turns, process_targets
-from raykd.data.refinement import decisions
-from raykd.loss_config import CodeModeConfig, HaltConfig
+from raykd.data.refinement import decisions, refinement_tier
+from raykd.sample_config import CodeModeConfig, HaltConfig
 from raykd.types import EXAMPLE_SCHEMA, Example, Mark, Source
 from teacher_serving.identity import vocabulary_size
 
@@ -51,7 +51,7 @@ class Wanted:
     losses: frozenset[str] = frozenset()
     grammars: ToolGrammars | None = None  # where json_grammar is active
     halt: HaltConfig = HaltConfig()  # noqa: RUF009 (frozen)
-    caws_tier: int = 2
+    caws_tier: int = 2  # of loops whose row names none
     code_mode: CodeModeConfig = CodeModeConfig()  # noqa: RUF009 (frozen)
 
     @staticmethod
@@ -109,6 +109,7 @@ class _Row:
     top_k: int
     finish_reason: str
     teacher_id: str
+    caws_tier: int  # 0: the row names none
     num_teacher_layers: int  # L
     hidden_states: np.ndarray  # [L*(P+T)*H]
 
@@ -137,6 +138,7 @@ def _read_row(columns: dict[str, pa.Array], index: int) -> _Row:
         top_k=scalar("top_k", 0),
         finish_reason=scalar("finish_reason", ""),
         teacher_id=scalar("teacher_id", ""),
+        caws_tier=scalar("caws_tier", 0),
         num_teacher_layers=scalar("num_hidden_layers_shipped", 0),
         hidden_states=values("hidden_states", np.float16),
     )
@@ -219,7 +221,8 @@ def _build(row: _Row, tokenizer: Any, wanted: Wanted) -> Example:
     whole = join_turns([start for start, _ in turns], targets, len(mask))
     if "code_mode_preference" in wanted.losses and not _code_mode_pays(num_calls, messages, wanted.code_mode):
         whole.marks[:] &= ~np.uint16(Mark.CODE_MODE | Mark.DIRECT_TOOL)
-    halting = decisions(messages if row.response_mask is not None else [], turns, wanted.halt, default_tier=wanted.caws_tier)
+    refined = messages if row.response_mask is not None else []
+    halting = decisions(refined, turns, wanted.halt, default_tier=row.caws_tier or wanted.caws_tier)
     whole.marks[halting.position] |= np.uint16(Mark.DECISION)
     k, num_prompt = row.top_k, len(row.prompt_ids)
     return Example(
@@ -236,6 +239,7 @@ def _build(row: _Row, tokenizer: Any, wanted: Wanted) -> Example:
         num_truncated_calls=whole.num_truncated_calls,
         missing=" ".join(f"{loss}:{reason}" for loss, reason in whole.missing.items()),
         quality=_quality(messages) if row.response_mask is not None else math.nan,
+        caws_tier=row.caws_tier or refinement_tier(refined),
         halt_targets=halting.halt,
         set_position=whole.sets.position + np.int32(num_prompt),
         set_kind=whole.sets.kind,

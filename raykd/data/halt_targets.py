@@ -21,10 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from raykd.loss_config import HaltConfig
-
-TIER_LOOPS = {1: 1, 2: 2, 3: 3}
-"""Refinement loops that a CAWS tier allows."""
+from raykd.sample_config import HaltConfig
+from raykd.types import CAWS_TIERS
 
 _STAGE_SHARE = np.array([np.inf, 0.75, 0.5])  # by stage: share of the cap from which the curriculum halts
 _EPSILON = 1e-9  # scores are decimal fractions: 0.85 - 0.8 is 0.05, not less
@@ -54,7 +52,7 @@ def loop_caps(tier: np.ndarray, max_loops: np.ndarray) -> np.ndarray:
         tier: int [B] CAWS tier, 1 to 3; 0: none.
         max_loops: int [B], at least 1.
     """
-    allowed = np.array([np.iinfo(np.int64).max, *(TIER_LOOPS[tier] for tier in (1, 2, 3))])
+    allowed = np.array([np.iinfo(np.int64).max, *(CAWS_TIERS[tier].max_loops for tier in (1, 2, 3))])
     return np.minimum(allowed[np.asarray(tier)], max_loops)
 
 

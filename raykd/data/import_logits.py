@@ -58,7 +58,7 @@ def import_packed_logits(path: str | Path, reader: RowReader, teacher_id: str = 
             }
         )
     _check_ids(path, arrays, reader.num_ids)
-    built, rejected = reader.build(pa.Table.from_pylist(rows, schema=_SCHEMA), reader.tokenizer)
+    built, rejected = reader.build(pa.Table.from_pylist(rows, schema=_SCHEMA))
     if rejected.num_rows:
         first = rejected.to_pylist()[0]
         raise DataError(f"{path}: {rejected.num_rows} sequences give no example; sequence {first['uid']}: {first['reason']}")

@@ -16,7 +16,8 @@ In:  a row as read from JSONL or Parquet. Out: its fields by name, checked array
 | `spans` | top | spans of the calls and reused values in `teacher_text` (`TurnSpans`), instead of searching for them |
 | `span_targets` | metadata | `{ts_mode_spans, direct_tool_spans}`: [start, end) of response tokens |
 | `tool_result_fields` as an object | metadata | results of tools seen before the response, by field |
-| `loop_index`, `max_loops`, `caws_tier`, `curriculum_stage` | metadata | a loop of a refinement, for halting |
+| `caws_tier` | metadata | 1, 2 or 3: latent spans that the response may have, and loops where it is a refinement |
+| `loop_index`, `max_loops`, `curriculum_stage` | metadata | a loop of a refinement, for halting |
 | `judge_score`, `prev_score` | metadata | scores in [0, 1] of that loop and of the one before |
 | `tool_name_ids`, `gold_json_text_ids`, `tool_result_fields`, their masks | top | ids of pieces of text: compared only |
 | `cot_steps` | top | reasoning steps of the response, word for word, for the latent curriculum; none: lines "Step 1: ..." |

@@ -30,12 +30,17 @@ from raykd.data.examples import example_from_row
 from raykd.data.offline_rows import RowReader, check_row
 from raykd.data.prompt_rows import Reject
 from raykd.data.readers import DataError, RawRow, parse_line
-from raykd.types import EXAMPLE_SCHEMA, Example, Mark
+from raykd.data.stored_examples import example_problem, ids_problem, with_all_columns
+from raykd.types import Example
 
 logger = logging.getLogger(__name__)
 
 Kind = Literal["jsonl", "rows", "teacher", "examples"]
 """jsonl; Parquet of offline rows, of teacher output, of examples."""
+
+READ_ROWS = 32
+READ_BYTES = 1 << 20
+"""What is in memory of a Parquet file: so many rows, and so many bytes of each column of the file itself."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ def _check_header(path: Path, index: FileIndex, vocabularies: Sequence[str]) -> 
 
 
 def _index_parquet(path: Path) -> FileIndex:
-    file = pq.ParquetFile(path)
+    file = open_parquet(path)
     names = set(file.schema_arrow.names)
     is_teacher_output = {"uid", "prompt_ids", "output_ids", "finish_reason"} <= names
     is_teacher_output &= not names & {"messages", "prompt", "teacher_text"}  # else offline rows with their tokens
@@ -134,7 +139,7 @@ def _index_parquet(path: Path) -> FileIndex:
     else:
         found: list[tuple[int, int, int]] = []
         rejected: list[Reject] = []
-        rows = (row for batch in file.iter_batches(batch_size=256) for row in batch.to_pylist())
+        rows = (row for batch in file.iter_batches(batch_size=READ_ROWS) for row in batch.to_pylist())
         for position, row in enumerate(rows):
             _note(RawRow(position + 1, row), position, path, found, rejected)
         positions, _, uids = np.array(found, np.int64).reshape(-1, 3).T
@@ -155,15 +160,15 @@ def read_examples(path: str, kind: Kind, positions: np.ndarray, reader: RowReade
     Raises DataError where the file has changed since it was indexed.
     """
     if kind == "jsonl":
-        return reader.examples(_read_lines(path, positions))
+        return reader.examples(read_lines(path, positions))
     table = _take(path, positions)
     if kind == "rows":
         return reader.examples(table.to_pylist())
     vocab_size = reader.num_ids
     if kind == "examples":
-        table = _with_all_columns(table)
+        table = with_all_columns(table)
         return [
-            _example_problem(table, i, vocab_size)
+            example_problem(table, i, vocab_size)
             or _length_problem(table, i, ("input_ids",), reader)
             or (example_from_row(table, i),)
             for i in range(table.num_rows)
@@ -171,7 +176,8 @@ def read_examples(path: str, kind: Kind, positions: np.ndarray, reader: RowReade
     return _from_teacher_output(table, reader, vocab_size)
 
 
-def _read_lines(path: str, positions: np.ndarray) -> list[dict[str, Any]]:
+def read_lines(path: str, positions: np.ndarray) -> list[dict[str, Any]]:
+    """Rows of a JSONL file by the byte that they begin at. Raises DataError where the file has changed."""
     rows = []
     with open(path, "rb") as stream:
         for position in positions.tolist():
@@ -183,18 +189,30 @@ def _read_lines(path: str, positions: np.ndarray) -> list[dict[str, Any]]:
     return rows
 
 
+def open_parquet(path: str | Path) -> pq.ParquetFile:
+    """The file, to be read by `iter_batches`: so much of it is in memory at a time, however large its row groups are."""
+    return pq.ParquetFile(path, buffer_size=READ_BYTES, pre_buffer=False)
+
+
 def _take(path: str, positions: np.ndarray) -> pa.Table:
-    """Rows of a Parquet file by number, in the order asked; reads only their row groups."""
-    with pq.ParquetFile(path) as file:
+    """Rows of a Parquet file by number, in the order asked; reads their row groups, READ_ROWS rows at a time."""
+    with open_parquet(path) as file:
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
         starts = np.cumsum([0, *sizes])
         if len(positions) and positions.max() >= starts[-1]:
             raise DataError(f"{path} has changed while it was in use: row {positions.max()} of {starts[-1]} asked for")
         groups, which = np.unique(np.searchsorted(starts, positions, side="right") - 1, return_inverse=True)
-        table = file.read_row_groups(groups.tolist())
-    inside = positions - starts[groups][which]
-    read_starts = np.cumsum([0, *(sizes[group] for group in groups)])
-    return table.take(pa.array(read_starts[which] + inside)).combine_chunks()
+        read_starts = np.cumsum([0, *(sizes[group] for group in groups)])
+        place = positions - starts[groups][which] + read_starts[which]  # among the rows of these groups
+        order = np.argsort(place, kind="stable")
+        sorted_place, parts, first = place[order], [], 0
+        for batch in file.iter_batches(batch_size=READ_ROWS, row_groups=groups.tolist()):
+            here = sorted_place[slice(*np.searchsorted(sorted_place, [first, first + batch.num_rows]))] - first
+            if len(here):
+                parts.append(batch.take(pa.array(here)))  # a copy: the batch itself goes
+            first += batch.num_rows
+        table = pa.Table.from_batches(parts, file.schema_arrow)
+    return table.take(pa.array(np.argsort(order))).combine_chunks()
 
 
 def _from_teacher_output(table: pa.Table, reader: RowReader, vocab_size: int) -> list[tuple[Example, ...] | str]:
@@ -204,12 +222,12 @@ def _from_teacher_output(table: pa.Table, reader: RowReader, vocab_size: int) ->
     table = table.set_column(place, "uid", pa.array(np.arange(table.num_rows)))
     results: dict[int, tuple[Example, ...] | str] = {}
     for index in range(table.num_rows):
-        problem = _ids_problem(table, index, ("prompt_ids", "output_ids"), vocab_size)
-        problem = problem or _ids_problem(table, index, ("topk_ids",), 2**31)  # some may be padding of the teacher's head
+        problem = ids_problem(table, index, ("prompt_ids", "output_ids"), vocab_size)
+        problem = problem or ids_problem(table, index, ("topk_ids",), 2**31)  # some may be padding of the teacher's head
         problem = problem or _length_problem(table, index, ("prompt_ids", "output_ids"), reader)
         if problem:
             results[index] = problem
-    built, rejected = reader.build(table.filter(pa.array([i not in results for i in range(len(uids))])), reader.tokenizer)
+    built, rejected = reader.build(table.filter(pa.array([i not in results for i in range(len(uids))])))
     results |= dict(zip(rejected["uid"].to_pylist(), rejected["reason"].to_pylist(), strict=True))
     for position in range(built.num_rows):
         example = example_from_row(built, position)
@@ -217,52 +235,8 @@ def _from_teacher_output(table: pa.Table, reader: RowReader, vocab_size: int) ->
     return [results[index] for index in range(len(uids))]
 
 
-def _ids_problem(table: pa.Table, index: int, names: Sequence[str], vocab_size: int) -> str | None:
-    for name in names:
-        values = table[name][index].values
-        ids = np.empty(0, np.int32) if values is None else values.to_numpy()
-        if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
-            return f"`{name}` holds ids from {ids.min()} to {ids.max()}, expected 0 to {vocab_size - 1}: the tokenizer's"
-    return None
-
-
 def _length_problem(table: pa.Table, index: int, names: Sequence[str], reader: RowReader) -> str | None:
     num_tokens = sum(len(table[name][index].values or ()) for name in names)
     if reader.max_tokens is None or num_tokens <= reader.max_tokens:
         return None
     return f"{num_tokens} tokens, expected at most {reader.max_tokens}; leave the row out or raise the context"
-
-
-def _example_problem(table: pa.Table, index: int, vocab_size: int) -> str | None:
-    """What is wrong with a stored example, or None."""
-    row = {name: table[name][index] for name in ("input_ids", "marks", "topk_ids", "topk_logprobs", "log_tail")}
-    lengths = {name: len(cell.values) if cell.is_valid else 0 for name, cell in row.items()}
-    top_k = table["top_k"][index].as_py()
-    if not lengths["input_ids"] or lengths["marks"] != lengths["input_ids"]:
-        return f"`marks` has {lengths['marks']} entries for {lengths['input_ids']} tokens, expected one for each"
-    is_response = (row["marks"].values.to_numpy() & Mark.RESPONSE) != 0
-    num_response = int(is_response.sum())
-    if not num_response or is_response[0]:
-        return "no token is marked as response" if not num_response else "the first token is a response: nothing predicts it"
-    if {lengths["topk_ids"], lengths["topk_logprobs"]} != {num_response * top_k} or (
-        top_k and lengths["log_tail"] != num_response
-    ):
-        return (
-            f"{lengths['topk_ids']} top-k ids, {lengths['topk_logprobs']} log-probabilities, {lengths['log_tail']} tails; "
-            f"expected {num_response} response tokens x K {top_k}"
-        )
-    return _ids_problem(table, index, ("input_ids", "topk_ids", "set_ids"), vocab_size)
-
-
-def _with_all_columns(table: pa.Table) -> pa.Table:
-    """Add the columns that older files of examples lack."""
-    defaults = {f.name: f.default for f in dataclasses.fields(Example) if f.default is not dataclasses.MISSING}
-    columns = []
-    for field in EXAMPLE_SCHEMA:
-        if field.name in table.column_names:
-            columns.append(table[field.name].cast(field.type))
-        elif pa.types.is_list(field.type):
-            columns.append(pa.array([[]] * table.num_rows, field.type))
-        else:
-            columns.append(pa.array([defaults.get(field.name, 0)] * table.num_rows, field.type))
-    return pa.table(columns, schema=EXAMPLE_SCHEMA)

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from raykd.data.conversation import RowError, read_conversation
-from raykd.data.examples import BuiltExamples, build_examples, example_from_row
-from raykd.data.halt_targets import TIER_LOOPS, halt_targets
+from raykd.data.examples import BuiltExamples, Wanted, build_examples, example_from_row
+from raykd.data.halt_targets import halt_targets
 from raykd.data.offline_fields import (
     gather_fields,
     kind,
@@ -35,12 +35,9 @@ from raykd.data.offline_tokens import RowTokens, compare_pieces, is_recorded, re
 from raykd.data.pairs import numbered, rejected_half
 from raykd.data.process_targets import TOOL_NAME_WEIGHTS, TurnSpans, marks_of_spans
 from raykd.data.uids import hash_uid
-from raykd.loss_config import HaltConfig
-from raykd.types import ARGUMENT_MARKS, Example, Mark, Source, Span
+from raykd.types import ARGUMENT_MARKS, CAWS_TIERS, Example, Mark, Source, Span
 from teacher_serving.arrow import half_states
 from teacher_serving.identity import vocabulary_size
-
-Build = Callable[[pa.Table, Any], BuiltExamples]
 
 GIVEN_MARKS = Mark.CODE_MODE | Mark.DIRECT_TOOL
 SPAN_MARKS = Mark.TOOL_NAME | ARGUMENT_MARKS | Mark.INTEGRATION
@@ -53,15 +50,17 @@ class RowReader:
     tokenizer: Any
     top_k: int = 50  # stored logits are reduced to so many
     max_tokens: int | None = None  # of prompt and response; longer rows are rejected, never cut
-    build: Build = build_examples
-    halt: HaltConfig = field(default_factory=HaltConfig)  # the rule for rows that are a loop of a refinement
+    wanted: Wanted = Wanted()  # noqa: RUF009 (frozen)
     pairs: bool = True  # make examples of rejected texts: each costs as much as any other, for the preference loss alone
-    caws_tier: int = 0  # of such loops that name none (`loss.caws_tier`); 0: no limit but max_loops
 
     @functools.cached_property
     def num_ids(self) -> int:
         """Ids that the tokenizer knows."""
         return vocabulary_size(self.tokenizer)
+
+    def build(self, teacher_rows: pa.Table) -> BuiltExamples:
+        """Examples of rows in the form of the stream's."""
+        return build_examples(teacher_rows, self.tokenizer, self.wanted)
 
     def examples(self, rows: Sequence[Mapping[str, Any]]) -> list[tuple[Example, ...] | str]:
         """Per row its example, behind it that of its rejected text where it has one; or the reason why there is none."""
@@ -87,7 +86,7 @@ class RowReader:
         """Per checked row an example, or why there is none."""
         if not rows:
             return []
-        built, rejected = self.build(_teacher_table(rows), self.tokenizer)
+        built, rejected = self.build(_teacher_table(rows))
         results: dict[int, Example | str] = dict(
             zip(rejected["uid"].to_pylist(), rejected["reason"].to_pylist(), strict=True)
         )
@@ -132,6 +131,7 @@ class RowReader:
             scores=read_scores(fields, num_prompt, num_output, self.num_ids, self.top_k),
             teacher_id=optional_string(fields, "teacher_id"),
             source=_source(fields),
+            caws_tier=_caws_tier(fields),
             output_marks=_extra_marks(fields, tokens),
             spans=_turn_spans(fields, tokens),
             columns=self._columns(fields, num_prompt + num_output),
@@ -165,7 +165,7 @@ class RowReader:
                 raise RowError(f"`cot_steps` is {kind(steps)}, expected a list of texts, word for word as in the response")
             columns["cot_steps"] = np.array(steps, object)
         if "loop_index" in fields:
-            columns["halt_targets"] = np.array([_halt_target(fields, self.halt, self.caws_tier)], np.float32)
+            columns["halt_targets"] = np.array([_halt_target(fields, self.wanted)], np.float32)
         return columns
 
 
@@ -180,6 +180,7 @@ class _OfflineRow:
     scores: Scores
     teacher_id: str
     source: Source | None  # None: as the tokens say
+    caws_tier: int  # 0: none is named
     output_marks: np.ndarray  # uint16 [R], marks on top of those found in the text
     spans: TurnSpans | None  # in place of those found in the text
     columns: dict[str, Any]
@@ -272,21 +273,26 @@ def _extra_marks(fields: Mapping[str, Any], tokens: RowTokens) -> np.ndarray:
     return marks
 
 
-def _halt_target(fields: Mapping[str, Any], config: HaltConfig, default_tier: int) -> float:
+def _caws_tier(fields: Mapping[str, Any]) -> int:
+    """The tier that the row names; 0: none."""
+    if "caws_tier" not in fields:
+        return 0
+    return int(read_number(fields["caws_tier"], "caws_tier", min(CAWS_TIERS), max(CAWS_TIERS)))
+
+
+def _halt_target(fields: Mapping[str, Any], wanted: Wanted) -> float:
     """Probability of halting after this loop, from its score and that of the loop before; NaN: unknown."""
     index = int(read_number(fields["loop_index"], "loop_index", 0, 999))
-    max_loops = int(read_number(fields.get("max_loops", config.max_loops), "max_loops", index + 1, 1000))
+    max_loops = int(read_number(fields.get("max_loops", wanted.halt.max_loops), "max_loops", index + 1, 1000))
     scores = np.full((1, index + 1), np.nan)
     for name, place in (("judge_score", index), ("prev_score", index - 1)):
         if name in fields and place >= 0:
             scores[0, place] = read_number(fields[name], name, 0.0, 1.0)
-    tier = default_tier
-    if "caws_tier" in fields:
-        tier = int(read_number(fields["caws_tier"], "caws_tier", min(TIER_LOOPS), max(TIER_LOOPS)))
+    tier = _caws_tier(fields) or wanted.caws_tier
     stage = None
     if "curriculum_stage" in fields:
         stage = np.array([int(read_number(fields["curriculum_stage"], "curriculum_stage", 0, 2))])
-    targets = halt_targets(scores, np.array([index + 1]), np.array([tier]), np.array([max_loops]), config, stage=stage)
+    targets = halt_targets(scores, np.array([index + 1]), np.array([tier]), np.array([max_loops]), wanted.halt, stage=stage)
     return float(targets.halt[0, index])
 
 
@@ -328,6 +334,7 @@ def _teacher_table(read: Sequence[_OfflineRow]) -> pa.Table:
             "top_k": pa.array([row.scores.topk_ids.shape[1] for row in read], pa.int32()),
             "finish_reason": [row.tokens.finish_reason for row in read],
             "teacher_id": [row.teacher_id for row in read],
+            "caws_tier": [row.caws_tier for row in read],
         }
     )
 

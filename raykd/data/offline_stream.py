@@ -1,19 +1,21 @@
 """An epoch of offline data as a Ray dataset: what `stream.py` is for prompts, without a teacher.
 
 In:  data.offline (files and weights), without prompts data.held_out; the epoch; the uids that were trained already.
-Out: a ray.data.Dataset of EXAMPLE_SCHEMA blocks, held-out rows first.
+Out: a ray.data.Dataset of EXAMPLE_SCHEMA blocks, held-out rows first; rows with a held-out prompt are not among the others.
 
 The files are indexed once per run, in Ray tasks, and read where they are; the driver handles descriptors only.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,18 +28,21 @@ from transformers import PreTrainedTokenizerBase
 from raykd.config import Config
 from raykd.data.curriculum import Curriculum
 from raykd.data.dataset import OfflineIndex, epoch_order, join_indexes
-from raykd.data.examples import Wanted, build_examples, examples_to_table
+from raykd.data.examples import Wanted, examples_to_table
+from raykd.data.held_out import NO_PROMPT, hash_of_ids, leave_out, prompt_hashes
 from raykd.data.offline_files import FileIndex, index_file, read_examples
 from raykd.data.offline_rows import RowReader
 from raykd.data.pairs import numbered
-from raykd.data.prompt_rows import load_tokenizer, write_table
+from raykd.data.prompt_rows import Reject, load_tokenizer, write_table
 from raykd.data.readers import DataError
-from raykd.data.sources import REJECTED_FILE, RowCounts
+from raykd.data.sources import REJECTED_FILE, PromptSet, RowCounts
 from raykd.data.stream import Rejects, planned_steps, set_data_context
 from raykd.data.uids import epoch_uid
 from raykd.types import EXAMPLE_SCHEMA, Example
 from raykd.vocabulary import backend_of, compare_vocabularies, remap_ids, student_tokenizer
 from teacher_serving.identity import describe, read_text_config, vocabulary_fingerprint
+
+logger = logging.getLogger(__name__)
 
 BLOCK_ROWS = 32
 """Rows of a block, and of a task of the reader."""
@@ -56,10 +61,12 @@ class OfflineSet:
     num_rejected: int
     num_rows: int  # usable ones of all files
     fingerprint: str  # of what the files hold and their weights
+    num_contaminated: int = 0  # rows left out of training because a held-out row has the same prompt
 
     @property
     def counts(self) -> RowCounts:
-        return RowCounts(self.num_train, self.num_rows + self.num_rejected, self.num_rejected)
+        num_rows = self.num_rows + self.num_rejected + self.num_contaminated
+        return RowCounts(self.num_train, num_rows, self.num_rejected)
 
     def index(self) -> tuple[OfflineIndex, np.ndarray]:
         """The index, and which of its files are held out (bool [files])."""
@@ -89,43 +96,58 @@ def offline_files(config: Config) -> list[tuple[str, float, bool]]:
     return [(str(Path(path).resolve()), weight, is_held_out) for path, weight, is_held_out in files]
 
 
-def prepare_offline(config: Config, run_folder: str | Path) -> OfflineSet:
-    """Index the offline files of a run, or find them indexed. Needs a Ray cluster; prompts are to be prepared before.
+def prepare_offline(config: Config, run_folder: str | Path, prompts: PromptSet | None = None) -> OfflineSet:
+    """Index the offline files of a run, or find them indexed. Needs a Ray cluster.
 
-    Raises DataError where a file cannot be read, where too large a share of rows is unusable, and where the files are not
-    those that this run began with.
+    Rows whose prompt is held out as well are left out of training; `prompts`: those of the run, where it has any. Raises
+    DataError where a file cannot be read, where too large a share of rows is unusable, where none is left to train on, and
+    where the files are not those that this run began with.
     """
     folder = Path(run_folder) / "offline"
     files = offline_files(config)
     num_held_out = sum(is_held_out for _, _, is_held_out in files)
     state = folder / "offline_set.json"
-    stats = [[path, weight, *_stat(path)] for path, weight, _ in files]
+    held_out = held_out_hashes(config, prompts)
+    stats: list[Any] = [[path, weight, *_stat(path)] for path, weight, _ in files]
+    stats.append(hashlib.sha256(held_out.tobytes()).hexdigest())
     saved = json.loads(state.read_text()) if state.is_file() else None
     if saved is not None and saved["stats"] == stats:
         return OfflineSet(**saved["offline_set"] | {"folder": str(folder)})
-    index = join_indexes(_index_files([path for path, _, _ in files], config), [weight for _, weight, _ in files])
+    indexes, left_out = _index_files([path for path, _, _ in files], config, num_held_out, held_out)
+    index = join_indexes(indexes, [weight for _, weight, _ in files])
     if saved is not None and saved["offline_set"]["fingerprint"] != index.fingerprint:
         raise DataError(
             f"data.offline holds other rows than when this run began (fingerprint {index.fingerprint}, then "
             f"{saved['offline_set']['fingerprint']}): bring the files back, or start another run.name"
         )
+    training = _training(index, num_held_out)
+    if not len(training.uid) and left_out:
+        raise DataError(
+            f"data.offline has no row to train on: {len(left_out)} have a prompt that is held out as well, "
+            f"{len(index.rejected)} are unusable"
+        )
     index.check(config.data.max_rejected_fraction)
     folder.mkdir(parents=True, exist_ok=True)
     if saved is None:  # else they are there
-        rejects = [json.dumps(reject._asdict(), ensure_ascii=False) + "\n" for reject in index.rejected]
+        rejects = [json.dumps(reject._asdict(), ensure_ascii=False) + "\n" for reject in index.rejected + left_out]
         with open(folder.parent / REJECTED_FILE, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write("".join(rejects))
     _write_index(folder, index, [is_held_out for _, _, is_held_out in files])
     offline_set = OfflineSet(
         folder=str(folder),
-        num_train=len(epoch_order(_training(index, num_held_out), 0, 0)[0]),
+        num_train=len(epoch_order(training, 0, 0)[0]),
         num_held_out=int((index.file < num_held_out).sum()),
         num_rejected=len(index.rejected),
         num_rows=len(index.uid),
         fingerprint=index.fingerprint,
+        num_contaminated=len(left_out),
     )
     if not offline_set.num_train:
-        raise DataError("data.offline has no row to train on: all are held out as well, or unusable")
+        raise DataError("data.offline has no row to train on: all are unusable, or repeat held-out ones")
+    logger.info(
+        "offline rows: %d to train on in an epoch, %d held out, %d rejected, %d also held out",
+        offline_set.num_train, offline_set.num_held_out, offline_set.num_rejected, offline_set.num_contaminated,
+    )  # fmt: skip
     _write_text(state, json.dumps({"stats": stats, "offline_set": asdict(offline_set)}, indent=1))
     return offline_set
 
@@ -218,8 +240,7 @@ class OfflineReader:
         pairs = "code_mode_preference" in config.loss.weights
 
         def reader(tokenizer: PreTrainedTokenizerBase) -> RowReader:
-            build = partial(build_examples, wanted=Wanted.by(config, tokenizer))
-            return RowReader(tokenizer, config.teacher.top_k, max_tokens, build, config.halt, pairs, config.loss.caws_tier)
+            return RowReader(tokenizer, config.teacher.top_k, max_tokens, Wanted.by(config, tokenizer), pairs)
 
         self._teachers = reader(teacher)
         self._students = {} if self._match.kind == "identical" else {_fingerprint(student): reader(student)}
@@ -289,18 +310,44 @@ def _training(index: OfflineIndex, num_held_out: int) -> OfflineIndex:
     )
 
 
-def _index_files(paths: Sequence[str], config: Config) -> list[FileIndex]:
+def held_out_hashes(config: Config, prompts: PromptSet | None) -> np.ndarray:
+    """Hashes of the held-out prompts, int64 in rising order."""
+    if prompts is None or not prompts.num_held_out:
+        return np.empty(0, np.int64)
+    tokenizer = load_tokenizer(config.teacher.model)
+    ids = prompts.read(held_out=True)["prompt_ids"]
+    return np.unique(np.array([hash_of_ids(row.values.to_numpy(), tokenizer) for row in ids], np.int64))
+
+
+def _index_files(
+    paths: Sequence[str], config: Config, num_held_out: int, held_out: np.ndarray
+) -> tuple[list[FileIndex], list[Reject]]:
+    """The files, the first of which are held out, without training rows with a held-out prompt; and those rows."""
     student = student_tokenizer(config.student.tokenizer_folder, config.student.new_tokens)
     vocabularies = vocabulary_fingerprint(config.teacher.model), _fingerprint(student)
     task = ray.remote(num_cpus=1, max_retries=3)(_index_file)
+    with_prompts = num_held_out > 0 or len(held_out) > 0
     try:
-        return ray.get([task.remote(path, vocabularies) for path in paths])
+        indexed = ray.get([task.remote(path, vocabularies, config, with_prompts) for path in paths])
     except RayTaskError as error:
         raise (error.cause if isinstance(error.cause, DataError) else error) from None
+    files, hashes = [index for index, _ in indexed], [of_rows for _, of_rows in indexed]
+    held_out = np.concatenate([held_out, *hashes[:num_held_out]])
+    kept, left_out = leave_out(files[num_held_out:], hashes[num_held_out:], held_out)
+    return [*files[:num_held_out], *kept], left_out
 
 
-def _index_file(path: str, vocabularies: Sequence[str]) -> FileIndex:
-    return index_file(path, *vocabularies)
+def _index_file(
+    path: str, vocabularies: tuple[str, str], config: Config, with_prompts: bool
+) -> tuple[FileIndex, np.ndarray]:
+    """The file, and the hash of every row's prompt where they are wanted. `vocabularies`: of teacher and student."""
+    index = index_file(path, *vocabularies)
+    if not with_prompts:
+        return index, np.full(len(index.uid), NO_PROMPT)
+    teachers, students = vocabularies
+    if index.vocabulary == students != teachers:
+        return index, prompt_hashes(index, student_tokenizer(config.student.tokenizer_folder, config.student.new_tokens))
+    return index, prompt_hashes(index, load_tokenizer(config.teacher.model))
 
 
 def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from raykd.data.chat import render_prompt, tokenize_row
+from raykd.data.chat import render, render_prompt, tokenize_row
 from raykd.data.conversation import RowError, from_json_text, read_conversation
 from raykd.data.detokenize import decode_tokens
 from raykd.data.extractors import token_mask
 from raykd.data.offline_fields import kind, optional_string, read_ids, read_mask, read_text
 from raykd.types import Span
+from teacher_serving.identity import vocabulary_size
 
 
 class RowTokens(NamedTuple):
@@ -38,6 +39,18 @@ def read_tokens(fields: Mapping[str, Any], tokenizer: Any, num_ids: int) -> RowT
     if "output_ids" in fields:
         return _given_tokens(fields, tokenizer, num_ids)
     return _recorded_tokens(fields, tokenizer) if is_recorded(fields) else _tokenize(fields, tokenizer)
+
+
+def prompt_text(fields: Mapping[str, Any], tokenizer: Any) -> str:
+    """The row's prompt as text, of a recorded conversation all before the first assistant turn. Raises RowError."""
+    if "output_ids" in fields:
+        prompt_ids = read_ids(fields.get("prompt_ids"), "prompt_ids", vocabulary_size(tokenizer))
+        return decode_tokens(tokenizer, prompt_ids).text
+    if not is_recorded(fields):
+        return _prompt(fields, tokenizer)
+    conversation = read_conversation(read_recorded(fields), "recorded")
+    text, turns = render(tokenizer, conversation.messages, conversation.tools)
+    return text[: turns[0].start]
 
 
 def is_recorded(fields: Mapping[str, Any]) -> bool:
@@ -105,12 +118,7 @@ def _given_tokens(fields: Mapping[str, Any], tokenizer: Any, num_ids: int) -> Ro
 
 
 def _tokenize(fields: Mapping[str, Any], tokenizer: Any) -> RowTokens:
-    response = read_text(fields.get("teacher_text"), "teacher_text")
-    if "prompt" in fields:
-        prompt = read_text(fields["prompt"], "prompt")
-    else:
-        conversation = read_conversation({"messages": fields.get("messages"), "tools": fields.get("tools")}, "teacher")
-        prompt = render_prompt(tokenizer, conversation.messages, conversation.tools)
+    response, prompt = read_text(fields.get("teacher_text"), "teacher_text"), _prompt(fields, tokenizer)
     finish_reason = optional_string(fields, "finish_reason") or "stop"
     end = tokenizer.eos_token or ""
     text = prompt + response
@@ -129,6 +137,13 @@ def _tokenize(fields: Mapping[str, Any], tokenizer: Any) -> RowTokens:
         finish_reason=finish_reason,
         response_mask=None,
     )
+
+
+def _prompt(fields: Mapping[str, Any], tokenizer: Any) -> str:
+    if "prompt" in fields:
+        return read_text(fields["prompt"], "prompt")
+    conversation = read_conversation({"messages": fields.get("messages"), "tools": fields.get("tools")}, "teacher")
+    return render_prompt(tokenizer, conversation.messages, conversation.tools)
 
 
 def _recorded_tokens(fields: Mapping[str, Any], tokenizer: Any) -> RowTokens:

@@ -44,7 +44,7 @@ class ParquetWriter:
         """`header`: what stands in the metadata of the schema."""
         self._path = Path(path)
         self._temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
-        names = ("uid", "key", "messages_json", "tools_json", "response_mask")
+        names = ("uid", "key", "messages_json", "tools_json", "response_mask", "caws_tier")
         fields = [PROMPT_ROW_SCHEMA.field(name) for name in names]
         fields += [field for field in TEACHER_OUTPUT_SCHEMA if field.name != "uid"]
         self._schema = pa.schema(fields, metadata=dict(header))
@@ -125,6 +125,8 @@ def offline_rows(rows: pa.Table, tokenizer: Any) -> Iterator[dict[str, Any]]:
         }
         if row["response_mask"] is not None:
             offline["response_mask"] = [int(written) for written in row["response_mask"]]
+        if tier := row.get("caws_tier"):
+            offline["metadata"] = {"caws_tier": tier}
         if row["top_k"]:
             scores = (
                 np.array(row["topk_ids"]),

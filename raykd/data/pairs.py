@@ -28,6 +28,7 @@ def rejected_half(example: Example) -> Example:
         topk_ids=np.empty((num_response, 0), np.int32),
         topk_logprobs=np.empty((num_response, 0), np.float16),
         log_tail=np.empty(0, np.float32),
+        caws_tier=example.caws_tier,
     )
 
 

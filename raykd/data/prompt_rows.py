@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raykd.data.answer_generation import NotSelected
 from raykd.data.chat import tokenize_row
 from raykd.data.conversation import RowError
 from raykd.data.readers import RawRow, Shard, read_rows
@@ -32,6 +33,7 @@ PROMPT_ROW_SCHEMA = pa.schema(
         ("recorded_ids", pa.list_(pa.int32())),  # null when the teacher writes
         ("response_mask", pa.list_(pa.bool_())),  # null when the teacher writes
         ("held_out", pa.bool_()),
+        ("caws_tier", pa.int8()),  # 0: the row names none
     ]
 )
 """`raykd.types.Prompt` as Arrow."""
@@ -48,6 +50,7 @@ class RowRules:
     completions: Literal["teacher", "recorded"]
     max_tokens: int  # of the prompt (teacher), of prompt and recorded part together (recorded)
     on_long_prompt: Literal["reject", "truncate_left"]
+    answers_only: bool = False  # supervise the answers to tool results alone (stage answer)
 
 
 class Reject(NamedTuple):
@@ -72,6 +75,7 @@ class ShardResult:
     num_tokens: np.ndarray  # int32 [N] of the prompt
     num_truncated: int
     rejected: list[Reject]
+    not_selected: list[Reject] = field(default_factory=list)  # usable, but with nothing of what the stage is about
 
 
 @dataclass
@@ -116,12 +120,14 @@ def prepare_shard(shard: Shard, stem: str, held_out: bool, tokenizer: Any, rules
     """Turn the rows of a shard into part files."""
     shelf = _Shelf(Path(stem))
     rejected: list[Reject] = []
+    not_selected: list[Reject] = []
     num_truncated = 0
     for raw in read_rows(shard):
         try:
             row, truncated = _prompt_row(raw, shard.file.name, held_out, tokenizer, rules)
         except RowError as error:
-            rejected.append(Reject(str(shard.file.path), raw.line, str(error)))
+            kind = not_selected if isinstance(error, NotSelected) else rejected
+            kind.append(Reject(str(shard.file.path), raw.line, str(error)))
             continue
         num_truncated += truncated
         key_hash = hash_uid(shard.file.name, row["key"])
@@ -140,6 +146,7 @@ def prepare_shard(shard: Shard, stem: str, held_out: bool, tokenizer: Any, rules
         num_tokens=num_tokens.astype(np.int32),
         num_truncated=num_truncated,
         rejected=rejected,
+        not_selected=not_selected,
     )
 
 
@@ -168,6 +175,7 @@ def _prompt_row(raw: RawRow, file: str, held_out: bool, tokenizer: Any, rules: R
         max_tokens=rules.max_tokens,
         overlong=rules.on_long_prompt,
         held_out=held_out,
+        answers_only=rules.answers_only,
     )
     prompt = tokenized.prompt
     row = {name: getattr(prompt, name) for name in PROMPT_ROW_SCHEMA.names}

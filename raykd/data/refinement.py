@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from raykd.data.conversation import RowError
-from raykd.data.halt_targets import TIER_LOOPS, halt_targets
-from raykd.loss_config import HaltConfig
+from raykd.data.halt_targets import halt_targets
+from raykd.sample_config import HaltConfig
+from raykd.types import CAWS_TIERS
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Decisions(NamedTuple):
     source: np.ndarray  # int8 [D] HaltSource
 
 
-_LIMITS = {"max_loops": (1, math.inf), "caws_tier": (min(TIER_LOOPS), max(TIER_LOOPS)), "curriculum_stage": (0, 2)}
+_LIMITS = {"max_loops": (1, math.inf), "caws_tier": (min(CAWS_TIERS), max(CAWS_TIERS)), "curriculum_stage": (0, 2)}
 
 
 def read_refinements(messages: Sequence[Mapping[str, Any]]) -> list[Refinement]:
@@ -71,6 +72,20 @@ def read_refinements(messages: Sequence[Mapping[str, Any]]) -> list[Refinement]:
             if name in message:
                 setattr(found[-1], name, _whole(message[name], f"{where}.{name}", least, most))
     return found
+
+
+def row_tier(row: Mapping[str, Any]) -> int:
+    """CAWS tier that a row of the user's data names, at its top or in its `metadata`; 0: none. Raises RowError."""
+    metadata = row.get("metadata")
+    values = [place.get("caws_tier") for place in (row, metadata) if isinstance(place, Mapping)]
+    named = [value for value in values if value is not None]
+    return _whole(named[0], "caws_tier", *_LIMITS["caws_tier"]) if named else 0
+
+
+def refinement_tier(messages: Sequence[Mapping[str, Any]]) -> int:
+    """CAWS tier of a conversation: that of its last refinement that names one; 0: none does. Raises RowError."""
+    named = [refinement.caws_tier for refinement in read_refinements(messages) if refinement.caws_tier is not None]
+    return named[-1] if named else 0
 
 
 def judge_score(message: Mapping[str, Any], where: str) -> float:

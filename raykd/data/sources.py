@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 SHARD_BYTES = 2 << 20
 SHARDS_PER_TASK = 4
 """A task's process first loads a tokenizer and what that needs, for seconds: a handful of small files is one task's work."""
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 REJECTED_FILE = "rejected.jsonl"
 
 
@@ -74,10 +74,12 @@ class PromptSet:
     num_tokens: int
     mean_prompt_tokens: float
     max_prompt_tokens: int
+    num_not_selected: int = 0  # rows that hold nothing of what the stage is about
+    fingerprint: str = ""  # of the uids, which hash what the teacher is given, and of what is held out
 
     @property
     def counts(self) -> RowCounts:
-        num_rows = self.num_train + self.num_held_out + self.num_rejected + self.num_contaminated
+        num_rows = self.num_train + self.num_held_out + self.num_rejected + self.num_contaminated + self.num_not_selected
         return RowCounts(self.num_train, num_rows, self.num_rejected)
 
     def index(self) -> pa.Table:
@@ -112,7 +114,13 @@ def prepare_prompts(config: Config, run_folder: str | Path) -> PromptSet:
     assert config.data.prompts is not None, "offline files have no prompts to prepare: see offline_stream.py"
     train = find_files(config.data.prompts, "data.prompts")
     held_out = find_files(config.data.held_out, "data.held_out") if config.data.held_out else []
-    rules = RowRules(config.teacher.model, config.data.completions, _max_tokens(config), config.data.on_long_prompt)
+    rules = RowRules(
+        config.teacher.model,
+        config.data.completions,
+        _max_tokens(config),
+        config.data.on_long_prompt,
+        answers_only=config.stage == "answer",
+    )
     fingerprint = _fingerprint(rules, train, held_out, config.data.max_rejected_fraction)
     ready = _load(folder, fingerprint)
     if ready is not None:
@@ -156,10 +164,11 @@ def _join(folder: Path, stems: list[str], results: list[ShardResult], config: Co
         return [Reject(results[shard[i]].source, int(line[i]), reason) for i in np.flatnonzero(rows)]
 
     rejected = [reject for result in results for reject in result.rejected]
-    num_rows = len(uid) + len(rejected)
+    not_selected = [reject for result in results for reject in result.not_selected]
+    num_rows = len(uid) + len(rejected) + len(not_selected)
     rejected += rejects(duplicate, "duplicate id: an earlier row of this file has it")
     left_out = rejects(contaminated, "left out of training: the same prompt is held out (not counted as rejected)")
-    _write_rejected(folder.parent / REJECTED_FILE, rejected + left_out)
+    _write_rejected(folder.parent / REJECTED_FILE, rejected + left_out + not_selected)
 
     keep = ~duplicate & ~contaminated
     names = [part_file(stems[s], p) for s, p in zip(shard[keep], part[keep], strict=True)]
@@ -176,6 +185,8 @@ def _join(folder: Path, stems: list[str], results: list[ShardResult], config: Co
         num_tokens=int(train_tokens.sum()),
         mean_prompt_tokens=float(train_tokens.mean()) if len(train_tokens) else 0.0,
         max_prompt_tokens=int(train_tokens.max(initial=0)),
+        num_not_selected=len(not_selected),
+        fingerprint=hashlib.blake2b(np.sort(uid[keep]).tobytes(), digest_size=16).hexdigest(),
     )
     _check(prompt_set, num_rows, rejected, config)
     return prompt_set
@@ -194,10 +205,12 @@ def _check(prompt_set: PromptSet, num_rows: int, rejected: list[Reject], config:
     if not prompt_set.num_train:
         raise DataError(
             f"data.prompts={config.data.prompts} has no prompt to train on: {num_rows} rows with the held-out ones, "
-            f"{len(rejected)} unusable, {prompt_set.num_contaminated} also held out"
+            f"{len(rejected)} unusable, {prompt_set.num_contaminated} also held out, "
+            f"{prompt_set.num_not_selected} not of this stage"
         )
     logger.info(
-        "prompts: %d to train on (%.0f tokens each, at most %d), %d held out, %d truncated, %d rejected, %d also held out",
+        "prompts: %d to train on (%.0f tokens each, at most %d), %d held out, %d truncated, %d rejected, %d also held out, "
+        "%d not of this stage",
         prompt_set.num_train,
         prompt_set.mean_prompt_tokens,
         prompt_set.max_prompt_tokens,
@@ -205,6 +218,7 @@ def _check(prompt_set: PromptSet, num_rows: int, rejected: list[Reject], config:
         prompt_set.num_truncated,
         prompt_set.num_rejected,
         prompt_set.num_contaminated,
+        prompt_set.num_not_selected,
     )
 
 

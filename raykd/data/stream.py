@@ -26,7 +26,7 @@ from ray.data._internal.execution.backpressure_policy import (
     BackpressurePolicy,
 )
 
-from raykd.config import Config
+from raykd.config import Config, LengthStage
 from raykd.data.cache import CacheIndex, TeacherCache
 from raykd.data.curriculum import Curriculum
 from raykd.data.examples import Wanted, build_examples
@@ -192,6 +192,22 @@ def planned_steps(num_rows: int, num_mixed: int, epoch: int, per_step: int) -> n
     return epoch * -(-num_mixed // per_step) + place // per_step
 
 
+def short_first(num_tokens: np.ndarray, step: np.ndarray, stages: Sequence[LengthStage]) -> np.ndarray:
+    """Order int64 [R] of an epoch's rows, such that while a stage lasts only rows short enough for it come.
+
+    Args:
+        num_tokens: [R] of each row's prompt, in the order drawn, which rows of one stage keep.
+        step: [R], rising: the optimizer step (from 0) of each place in the order.
+    """
+    left, order = np.arange(len(num_tokens)), []
+    for stage in stages:
+        num_places = np.searchsorted(step, stage.until_step) - sum(map(len, order))
+        fits = np.flatnonzero(num_tokens[left] <= stage.max_prompt_tokens)[: max(num_places, 0)]
+        order.append(left[fits])
+        left = np.delete(left, fits)
+    return np.concatenate([*order, left])
+
+
 def plan_epoch(
     config: Config,
     prompt_set: PromptSet,
@@ -214,6 +230,7 @@ def plan_epoch(
         place = rng.permutation(len(parts.dictionary))[parts.indices.to_numpy()]
         train = train[np.lexsort((rng.random(len(train)), place[train] // SHUFFLE_WINDOW))]
     step = planned_steps(len(train), len(train) + beside.num_train, epoch, config.train.sequences_per_step)
+    train = train[short_first(index["num_tokens"].to_numpy()[train], step, config.data.length_stages)]
     left = ~np.isin(epoch_uid(uid[train], epoch), consumed_uids)
     train, step = train[left], step[left]
     if not len(train):

@@ -20,9 +20,7 @@ from raykd.data.claims import claim_score, latent_spans
 from raykd.data.code_mode import code_mode_spans, fenced_blocks
 from raykd.data.extractors import ToolCall, extract_tool_calls
 from raykd.data.json_tree import parse
-
-TIERS = {1: (0, 1), 2: (1, 2), 3: (3, 3)}
-"""CAWS tiers: latent spans and refinement loops that a response may have."""
+from raykd.types import CAWS_TIERS
 
 _STEP = re.compile(r"^[ \t]*+Step \d{1,4}:", re.MULTILINE | re.IGNORECASE)
 _WAVERING = re.compile(r"\b(however|but|contrary|despite|although)\b", re.IGNORECASE)
@@ -51,7 +49,7 @@ class CawsCompliance:
 
 def caws_compliance(text: str, tier: int = 2, num_loops: int = 1) -> CawsCompliance:
     """How a response keeps the CAWS rules of its tier (weights of the rules: the first implementation's)."""
-    max_spans, max_loops = TIERS[tier]
+    max_spans, max_loops = CAWS_TIERS[tier]
     latent = latent_spans(text)
     steps = len(_STEP.findall(text))
     excess = max(0, len(latent.spans) - max_spans) + max(0, num_loops - max_loops)
@@ -115,14 +113,15 @@ def _call_of(call: ToolCall) -> tuple[str, set[str]]:
     return call.name, set(call.arguments) if isinstance(call.arguments, dict) else set()
 
 
-def judge(texts: Sequence[str], teacher_texts: Sequence[str], *, caws: float, claims: float, tier: int = 2) -> Judged:
+def judge(texts: Sequence[str], teacher_texts: Sequence[str], tiers: Sequence[int], *, caws: float, claims: float) -> Judged:
     """The reward caws * compliance + claims * claim reward of each response, and whether it is complete.
 
-    Where the teacher made no claims the second part is 0, for all responses to the prompt alike.
+    `tiers`: CAWS tier that each response is to keep. Where the teacher made no claims the second part is 0, for all
+    responses to the prompt alike.
     """
     reward = np.zeros(len(texts))
     if caws:
-        reward += [caws * caws_compliance(text, tier).score for text in texts]
+        reward += [caws * caws_compliance(*pair).score for pair in zip(texts, tiers, strict=True)]
     if claims:
         scores = np.array([claim_score(*pair).reward for pair in zip(texts, teacher_texts, strict=True)])
         reward += claims * np.nan_to_num(scores, nan=0.0)

@@ -9,15 +9,14 @@ comes back, so the tool results themselves never take room in the context. Progr
 `run_program` understands. Tasks need two tools or more whose calls succeed.
 """
 
-import argparse
 import json
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from raykd.demo.corpus import SCENES, fitting_dialogue, seeded, spoken_fields
 from raykd.demo.registry import call_tool, openai_tool, openai_tools
+from raykd.demo.write import write_rows
 
 _TYPES = {"string": "string", "integer": "number", "number": "number", "boolean": "boolean"}
 _NAMES = ("first", "second", "third")
@@ -96,16 +95,7 @@ def generate_pairs(num_tasks: int, seed: int, split: str) -> Iterator[dict[str, 
 
 def main(argv: list[str] | None = None) -> None:
     """Write a JSONL file of code-mode pairs."""
-    parser = argparse.ArgumentParser(prog="python -m raykd.demo.code_mode", description=main.__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="file to write")
-    parser.add_argument("--tasks", type=int, default=500, help="number of tasks, a row each")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--split", choices=("train", "held_out"), default="train")
-    options = parser.parse_args(argv)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("w", encoding="utf-8") as file:
-        for row in generate_pairs(options.tasks, options.seed, options.split):
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    write_rows(generate_pairs, argv, module="code_mode", description=main.__doc__, unit="tasks", default=500)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,15 @@ self_evaluation and the latent curriculum. Text that nobody should imitate has `
 from it.
 """
 
-import argparse
-import json
 import random
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from raykd.demo.code_mode import generate_pairs
 from raykd.demo.corpus import SCENES, Dialogue, fitting_dialogue, messages_of, seeded
 from raykd.demo.registry import openai_tools
+from raykd.demo.write import write_rows
 
 WISHES = ("Please check that.", "Can you improve your answer?", "Is that all? Try again.")
 NO_ANSWER, WRONG_ANSWER, RIGHT_ANSWER = 0, 1, 2
@@ -76,16 +74,7 @@ def _reasoning(rng: random.Random, split: str) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """Write a JSONL file of rows that hold their responses."""
-    parser = argparse.ArgumentParser(prog="python -m raykd.demo.offline", description=main.__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="file to write")
-    parser.add_argument("--rows", type=int, default=900, help="number of rows")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--split", choices=("train", "held_out"), default="train")
-    options = parser.parse_args(argv)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("w", encoding="utf-8") as file:
-        for row in generate_rows(options.rows, options.seed, options.split):
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    write_rows(generate_rows, argv, module="offline", description=main.__doc__, unit="rows", default=900)
 
 
 if __name__ == "__main__":

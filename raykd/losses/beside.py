@@ -9,7 +9,7 @@ arguments with a grammar, rollouts, pairs.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raykd.loss_config import LossConfig
 from raykd.losses import heads, id_sets
@@ -21,7 +21,7 @@ from raykd.losses.head import head_logprobs
 from raykd.losses.intermediate import intermediate_layer_loss, intermediate_weight
 from raykd.losses.length_aware import excess_weight, length_aware_kd_loss
 from raykd.losses.sweep import code_mode, early_weights, sequence_of_token
-from raykd.types import Batch, SetKind, StudentOutput
+from raykd.types import Batch, SetKind, Source, StudentOutput
 
 SET_KINDS = {
     "tool_choice": SetKind.TOOL_CHOICE,
@@ -40,6 +40,8 @@ def beside_counts(batch: Batch, config: LossConfig) -> dict[str, Tensor]:
             counts[name] = json_grammar_weight(batch.response_source[batch.grammar_row]).sum()
         elif name == "kd" and config.kd_support == "full":
             counts[name] = full_kd_weight(batch).sum()
+        elif name == "self_kd":
+            counts[name] = self_kd_weight(batch).sum()
         elif name == "intermediate_layer":
             counts[name] = intermediate_weight(batch, config.intermediate_tokens).sum()
         elif name == "halt":
@@ -82,6 +84,8 @@ def beside_sums(
         ).sum
     if "kd" in names and config.kd_support == "full":
         sums["kd"] = _full_kd_sum(batch, hidden, head, config, context)
+    if "self_kd" in names:
+        sums["self_kd"] = _self_kd_sum(batch, output, hidden, head, context)
     if "early_tool_call" in names:
         weights = early_weights(batch, config)
         openings = context.opening_ids.expand(len(weights.first), -1)
@@ -143,6 +147,27 @@ def _full_kd_sum(batch: Batch, hidden: Tensor, head: Head, config: LossConfig, c
         temperature=config.kd_temperature,
         student_bias=head.bias,
         teacher_bias=bias,
+        num_valid_ids=head.num_valid_ids,
+    ).sum
+
+
+def self_kd_weight(batch: Batch) -> Tensor:
+    """Weight [N], float32: 1 on response tokens of texts to follow."""
+    return (batch.response_source != Source.STUDENT).float()
+
+
+def _self_kd_sum(batch: Batch, output: StudentOutput, hidden: Tensor, head: Head, context: LossContext) -> Tensor:
+    assert output.reference_hidden is not None, "self_kd without the states of the frozen student"
+    assert context.reference_head is not None, "self_kd without the head of the frozen student"
+    return full_kd_loss(
+        hidden,
+        head.weight,
+        output.reference_hidden.flatten(0, 1).index_select(0, batch.response_index - 1),
+        nn.Identity(),  # they are behind the final norm
+        context.reference_head.weight,
+        self_kd_weight(batch),
+        student_bias=head.bias,
+        teacher_bias=context.reference_head.bias,
         num_valid_ids=head.num_valid_ids,
     ).sum
 

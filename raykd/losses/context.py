@@ -47,4 +47,5 @@ class LossContext:
     num_teacher_layers: int = 0  # L: layers whose states the teacher ships
     rms: Tensor = field(default_factory=lambda: torch.empty(0))  # [L] of the shipped teacher layers
     teacher_top: TeacherTop | None = None
+    reference_head: Head | None = None  # of the student as the run began (self_kd)
     rollout_clip: float | None = None  # PPO's clip where sampled answers are trained on more than once; None: only once

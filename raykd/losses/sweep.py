@@ -23,7 +23,7 @@ from raykd.losses.head import HeadRows
 from raykd.losses.kd import sparse_kd_loss
 from raykd.losses.length_aware import stop_weight
 from raykd.losses.reduction import log1mexp, masked_sum
-from raykd.types import ARGUMENT_MARKS, Batch, Mark, Source, TokenLoss
+from raykd.types import ARGUMENT_MARKS, CAWS_TIERS, Batch, Mark, Source, TokenLoss
 
 Weights = Mapping[str, Tensor]
 
@@ -101,13 +101,16 @@ def early_weights(batch: Batch, config: LossConfig) -> EarlyCallWeights:
 
 
 def _caws_terms(batch: Batch, config: LossConfig, context: LossContext) -> Tensor:
-    spans = {1: 0, 2: 1, 3: 3}[config.caws_tier]
+    tier = torch.where(batch.caws_tier > 0, batch.caws_tier, config.caws_tier)
+    max_spans = torch.zeros_like(tier)
+    for number, allowed in CAWS_TIERS.items():
+        max_spans.masked_fill_(tier == number, allowed.max_spans)  # filled on the device
     return scored.caws_terms(
         batch.response_ids,
         sequence_of_token(batch),
         bot_id=_known(context.bot_id),
         eot_id=_known(context.eot_id),
-        max_spans=spans,
+        max_spans=max_spans,
     )
 
 

@@ -89,6 +89,12 @@ class RunRows:
         kinds = {"prompts": self.prompts, "offline": self.offline}
         return {name: rows.num_train for name, rows in kinds.items() if rows is not None}
 
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """What they hold, of each kind that there is."""
+        kinds = {"prompts": self.prompts, "offline": self.offline}
+        return {name: rows.fingerprint for name, rows in kinds.items() if rows is not None}
+
 
 @dataclass(frozen=True)
 class EpochSettings:
@@ -311,13 +317,14 @@ def score_in_ray(config: Config, num_tasks: int = 4) -> Score:
     outside = PlacementGroupSchedulingStrategy(placement_group=None)  # pyright: ignore[reportArgumentType]: none of ours
     remote: Any = ray.remote(num_cpus=0, scheduling_strategy=outside)  # its stub knows no keyword arguments
     task = remote(judge)
-    options = {"caws": config.rollouts.caws, "claims": config.rollouts.claims, "tier": config.loss.caws_tier}
+    options = {"caws": config.rollouts.caws, "claims": config.rollouts.claims}
 
-    def score(texts: list[str], teacher_texts: list[str]) -> Judged:
+    def score(texts: list[str], teacher_texts: list[str], tiers: list[int]) -> Judged:
+        tiers = [tier or config.loss.caws_tier for tier in tiers]
         size = max(1, -(-len(texts) // num_tasks))
         chunks = [slice(start, start + size) for start in range(0, len(texts), size)]
-        parts = ray.get([task.remote(texts[chunk], teacher_texts[chunk], **options) for chunk in chunks])
-        nothing = judge([], [], **options)
+        parts = ray.get([task.remote(texts[chunk], teacher_texts[chunk], tiers[chunk], **options) for chunk in chunks])
+        nothing = judge([], [], [], **options)
         return Judged(*(np.concatenate(columns) for columns in zip(nothing, *parts, strict=True)))
 
     return score

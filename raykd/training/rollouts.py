@@ -20,15 +20,16 @@ import torch
 
 from raykd.data.detokenize import decode_tokens
 from raykd.data.text_scores import Judged
-from raykd.loss_config import RolloutConfig
 from raykd.losses.scored import leave_one_out_advantages
+from raykd.sample_config import RolloutConfig
 from raykd.student.generation import Generated
 from raykd.types import Batch, Example, Mark, Source
 
 Sample = Callable[[list[np.ndarray]], Sequence[Generated]]
 """One sampled response (the end-of-turn token included) to each prompt [P] of ids."""
-Score = Callable[[list[str], list[str]], Judged]
-"""Judges responses beside the teacher's response to the same prompt, both without end-of-turn token."""
+Score = Callable[[list[str], list[str], list[int]], Judged]
+"""Judges responses beside the teacher's response to the same prompt, both without end-of-turn token, by the CAWS tier that
+the prompt's row names (0: none)."""
 
 
 class Rollouts(NamedTuple):
@@ -94,7 +95,8 @@ def rollout_examples(
     teacher_lengths = np.array([len(ids) for _, ids in prompts for _ in range(n)], dtype=np.int64)
     teacher_texts = [_text(tokenizer, ids, eos_ids) for _, ids in prompts]
     texts = [_text(tokenizer, response.ids, eos_ids) for response in responses]
-    rewards, quality, complete = score(texts, [text for text in teacher_texts for _ in range(n)])
+    tiers = [example.caws_tier for example in examples for _ in range(n)]
+    rewards, quality, complete = score(texts, [text for text in teacher_texts for _ in range(n)], tiers)
     if not np.isfinite(rewards).all():
         worst = int(np.flatnonzero(~np.isfinite(rewards))[0])
         raise ValueError(
@@ -146,4 +148,5 @@ def _example(prompted: Example, prompt: np.ndarray, response: Generated) -> Exam
         topk_logprobs=np.empty((num_response, 0), np.float16),
         log_tail=np.empty(0, np.float32),
         sampled_logprobs=response.logprobs[chosen],
+        caws_tier=prompted.caws_tier,
     )

@@ -9,7 +9,7 @@ import pytest
 
 from raykd.data.code_mode import code_mode_eligible, code_mode_spans, direct_tool_spans, fenced_blocks, personal_data
 from raykd.data.extractors import extract_tool_calls
-from raykd.loss_config import CodeModeConfig
+from raykd.sample_config import CodeModeConfig
 
 CODE = 'const weather = await tools.get_weather({ city: "Oslo" });\nreturn weather.temperature;\n'
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'

@@ -148,6 +148,7 @@ def test_what_only_some_losses_look_at_is_packed_beside_the_tokens():
         topk_logprobs=np.array([[-0.5], [-np.inf]], np.float16),
         log_tail=np.zeros(2, np.float32),
         quality=0.25,
+        caws_tier=3,
         advantage=-1.0,
         sampled_logprobs=np.array([-0.5, -1.5], np.float32),
         halt_targets=np.array([0.75], np.float32),
@@ -184,6 +185,7 @@ def test_what_only_some_losses_look_at_is_packed_beside_the_tokens():
     assert batch.decision_index.tolist() == [2]
     assert batch.halt_targets.tolist() == [0.75]
     assert batch.has_teacher.tolist() == [True, False, True]
+    assert batch.caws_tier.tolist() == [3, 0]
     assert batch.quality[0] == 0.25
     assert batch.quality[1].isnan()
     assert batch.tool_name_weight.tolist() == [1, 1, 0.5]

@@ -16,7 +16,7 @@ from raykd.data.collate import collate_kd_batch
 from raykd.data.curriculum import Curriculum, LatentIds, curriculum_rng, find_steps, latent_ids, rewrite, stage_at
 from raykd.data.detokenize import decode_tokens
 from raykd.data.examples import example_from_row, examples_to_table
-from raykd.loss_config import LatentConfig, LatentStage
+from raykd.sample_config import LatentConfig, LatentStage
 from raykd.types import Example, Mark, SetKind, Source
 from tests.conftest import DEMO_TEACHER
 

@@ -18,7 +18,7 @@ from raykd.data.chat import tokenize_row
 from raykd.data.detokenize import decode_tokens
 from raykd.data.examples import Wanted, build_examples, decode_spans, example_from_row, examples_to_table
 from raykd.data.extractors import argument_spans, extract_tool_calls, find_integration_spans
-from raykd.loss_config import CodeModeConfig
+from raykd.sample_config import CodeModeConfig
 from raykd.types import EXAMPLE_SCHEMA, Mark, Source
 from tests.conftest import SHARED_DATA
 

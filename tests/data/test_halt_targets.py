@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raykd.data.halt_targets import HaltSource, halt_targets, loop_caps
-from raykd.loss_config import HaltConfig
+from raykd.sample_config import HaltConfig
 
 NAN = float("nan")
 

@@ -21,7 +21,7 @@ from raykd.data.examples import Wanted, build_examples, decode_spans, example_fr
 from raykd.data.extractors import argument_spans, extract_tool_calls
 from raykd.data.integration import ResultIndex, find_integration_spans
 from raykd.data.process_targets import mark_turn
-from raykd.loss_config import LatentStage
+from raykd.sample_config import LatentStage
 from raykd.types import ARGUMENT_MARKS, Mark, Span
 from tests.data.test_examples import table, tokenizer_of
 from tests.data.test_extractors import ENVELOPES, NAMED_ENVELOPES, PLAIN_NAMES, call_json

@@ -36,7 +36,7 @@ NOTHING = np.empty(0, np.int64)
 
 
 def rows(name, count):
-    return [{"prompt": "<|im_start|>user\n?<|im_end|>\n", "teacher_text": f"{name} {i}"} for i in range(count)]
+    return [{"prompt": f"<|im_start|>user\n{name}{i}?<|im_end|>\n", "teacher_text": f"{name} {i}"} for i in range(count)]
 
 
 def read(config, offline_set, epoch, consumed=NOTHING):
@@ -70,7 +70,8 @@ def test_an_epoch_of_files_is_read_once_in_order_and_goes_on_after_a_restart(
     run = tmp_path / "run"
     run.mkdir()
     offline_set = prepare_offline(config, run)
-    assert (offline_set.num_train, offline_set.num_held_out, offline_set.num_rejected) == (40 + 20, 4, 2)
+    assert (offline_set.num_train, offline_set.num_held_out, offline_set.num_rejected) == (40 + 20, 4, 1)
+    assert (offline_set.num_contaminated, offline_set.counts) == (1, RowCounts(60, 4 + 40 + 10 + 1 + 1, 1))
     assert prepare_offline(config, run) == offline_set
 
     examples = read(config, offline_set, 0)
@@ -80,7 +81,8 @@ def test_an_epoch_of_files_is_read_once_in_order_and_goes_on_after_a_restart(
     uids = [example.uid for example in examples]
     assert len(set(uids)) == len(uids)
     rejected = [json.loads(line) for line in (run / "rejected.jsonl").read_text().splitlines()]
-    assert [entry["reason"].split(":")[0] for entry in rejected[:2]] == ["malformed JSON", "duplicate"]
+    assert [entry["reason"].split(":")[0] for entry in rejected[:2]] == ["malformed JSON", "left out of training"]
+    assert rejected[1]["line"] == 8
     assert rejected[2]["key"] == f"{a}:41"
     assert "no log-probabilities" in rejected[2]["reason"]
     assert rejected[2]["uid"] == 5

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +15,6 @@ from raykd.data.dataset import KDDataset
 from raykd.data.examples import (
     REJECTED_SCHEMA,
     BuiltExamples,
-    build_examples,
     decode_spans,
     examples_to_table,
 )
@@ -83,12 +81,13 @@ def test_a_cut_preferred_text_says_nothing_about_the_end_of_the_rejected_one(tmp
 
 
 def test_a_row_of_which_one_half_cannot_be_built_gives_nothing(demo_tokenizer):
-    def build(rows: pa.Table, tokenizer: Any) -> BuiltExamples:
-        refused = pa.Table.from_pylist([{"uid": 1, "reason": "no example"}], schema=REJECTED_SCHEMA)
-        kept = rows.filter(pa.array([uid != 1 for uid in rows["uid"].to_pylist()]))
-        return BuiltExamples(build_examples(kept, tokenizer).examples, refused)
+    class Refusing(RowReader):
+        def build(self, teacher_rows: pa.Table) -> BuiltExamples:
+            refused = pa.Table.from_pylist([{"uid": 1, "reason": "no example"}], schema=REJECTED_SCHEMA)
+            kept = teacher_rows.filter(pa.array([uid != 1 for uid in teacher_rows["uid"].to_pylist()]))
+            return BuiltExamples(super().build(kept).examples, refused)
 
-    whole, other = RowReader(demo_tokenizer, build=build).examples([ROW | {"rejected_text": "No."}, FIRST])
+    whole, other = Refusing(demo_tokenizer).examples([ROW | {"rejected_text": "No."}, FIRST])
     assert whole == "no example"
     assert [type(half) for half in other] == [Example]
 

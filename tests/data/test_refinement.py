@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from raykd.data.chat import tokenize_row
 from raykd.data.conversation import RowError, read_conversation
 from raykd.data.refinement import decisions, judge_score, read_refinements
-from raykd.loss_config import HaltConfig
+from raykd.sample_config import HaltConfig
 
 TOKENIZER = Path(__file__).parents[2] / "raykd" / "demo" / "teacher"
 

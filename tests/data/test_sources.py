@@ -173,6 +173,8 @@ TURN = {"role": "assistant", "content": "fine"}
             "schema",
         ),
         (conversation("word " * 300), "teacher", "expected at most 200"),
+        (conversation("hi", caws_tier=4), "teacher", "caws_tier is 4, expected a whole number from 1 to 3"),
+        (conversation("hi", metadata={"caws_tier": "2"}), "teacher", "caws_tier is '2', expected a whole number"),
     ],
 )
 def test_a_bad_row_is_rejected_with_its_line_and_reason_and_the_others_are_kept(
@@ -216,6 +218,12 @@ def test_part_files_hold_the_rows_the_result_speaks_of(tmp_path, tiny_model_path
 
 
 # --- the whole ---
+
+
+def test_the_tier_that_a_row_names_is_in_its_prompt(tmp_path, tiny_model_path):
+    named = [{"caws_tier": 3}, {"metadata": {"caws_tier": 1}}, {"caws_tier": None, "metadata": "as you like"}, {}]
+    prepare(tmp_path, [conversation("hi", **tier) for tier in named], tiny_model_path)
+    assert pq.read_table(tmp_path / "train-0-00000.parquet")["caws_tier"].to_pylist() == [3, 1, 0, 0]
 
 
 def test_a_parquet_file_without_rows_is_refused(tmp_path, tiny_model_path):

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 from prompt_helpers import answers, conversation, prepare, write_lines
 
-from raykd.config import Config
+from raykd.config import Config, LengthStage
 from raykd.data.cache import TeacherCache
 from raykd.data.examples import example_from_row
 from raykd.data.prompt_rows import PROMPT_ROW_SCHEMA, write_table
@@ -31,6 +31,7 @@ from raykd.data.stream import (
     bytes_per_token,
     example_stream,
     plan_epoch,
+    short_first,
     teacher_cache,
 )
 from raykd.data.uids import epoch_uid
@@ -119,6 +120,35 @@ def test_what_is_trained_is_left_out_and_the_rest_keeps_its_order(tmp_path, tiny
         "uids of another epoch are not this one's"
     )
     assert plan_epoch(config, prompts, 1, whole, nothing_cached).num_rows == 0, "validation alone is no reason to run"
+
+
+def test_short_prompts_come_first_while_a_stage_lasts_and_every_prompt_comes_once():
+    tokens = np.array([90, 10, 50, 20, 99, 30, 60, 15, 5, 70])
+    step = np.arange(10) // 2  # two rows a step
+    stages = [LengthStage(until_step=2, max_prompt_tokens=25), LengthStage(until_step=4, max_prompt_tokens=65)]
+    order = short_first(tokens, step, stages)
+    assert tokens[order].tolist() == [10, 20, 15, 5, 50, 30, 60, 90, 99, 70], "in each stage, and behind all, as drawn"
+    assert short_first(tokens, step, []).tolist() == list(range(10))
+    dry = short_first(np.array([9, 1, 9, 9]), np.arange(4), [LengthStage(until_step=3, max_prompt_tokens=2)])
+    assert dry.tolist() == [1, 0, 2, 3], "a stage without rows ends early"
+
+
+def test_the_length_curriculum_is_in_the_plan_of_an_epoch_and_goes_on_after_a_restart(tmp_path, tiny_model_path):
+    limits = [{"until_step": 1, "max_prompt_tokens": 30}, {"until_step": 2, "max_prompt_tokens": 80}]
+    config = config_for(tmp_path, tiny_model_path, length_stages=limits)
+    prompts = fake_prompt_set(tmp_path / "p", 120, 0)
+    index = prompts.index()
+    tokens = np.arange(120, dtype=np.int32) + 1
+    write_table(tmp_path / "p" / "index.parquet", index.set_column(3, "num_tokens", pa.array(tokens)))
+    nothing_cached = TeacherCache(str(tmp_path), "f").index()
+    of_uid = dict(zip(index["uid"].to_pylist(), tokens.tolist(), strict=True))
+    plan = plan_epoch(config, prompts, 0, NOTHING, nothing_cached)
+    planned = np.array([of_uid[uid] for uid in plan["uid"].to_pylist()])
+    assert max(planned[:30]) == 30
+    assert max(planned[:64]) <= 80 < max(planned[64:])
+    assert len(set(planned.tolist())) == 120
+    rest = plan_epoch(config, prompts, 0, plan["epoch_uid"].to_numpy()[:40], nothing_cached)
+    assert rest["uid"].to_pylist() == plan["uid"].to_pylist()[40:]
 
 
 def test_descriptors_are_small_whatever_the_prompts_are(tmp_path, tiny_model_path):

@@ -84,12 +84,18 @@ def test_parts_of_the_structure_count_as_they_say():
 def test_rewards_are_the_weighted_scores_and_no_claims_of_the_teacher_say_nothing():
     texts = ["Oslo has 700000 people.", "<bot>", "Oslo has 5 people."]
     teachers = ["Oslo has 700000 people.", "Hello there.", "Oslo has 700000 people."]
-    judged = judge(texts, teachers, caws=1.0, claims=2.0)
+    judged = judge(texts, teachers, [2, 2, 2], caws=1.0, claims=2.0)
     np.testing.assert_allclose(judged.reward, [1 + 2, math.exp(-1), 1 + 2 * 0.5])
     assert judged.complete.tolist() == [False] * 3
     np.testing.assert_allclose(judged.quality, judged.reward / 3)
-    assert np.isnan(judge(texts, teachers, caws=0.0, claims=0.0).quality).all()
-    assert [part.shape for part in judge([], [], caws=1.0, claims=1.0)] == [(0,)] * 3
+    assert np.isnan(judge(texts, teachers, [2, 2, 2], caws=0.0, claims=0.0).quality).all()
+    assert [part.shape for part in judge([], [], [], caws=1.0, claims=1.0)] == [(0,)] * 3
+
+
+def test_each_response_is_rewarded_by_the_tier_of_its_sample():
+    text = "<bot>a<eot> <bot>b<eot> Fine."
+    judged = judge([text] * 3, [""] * 3, [1, 2, 3], caws=1.0, claims=0.0)
+    np.testing.assert_allclose(judged.reward, np.exp([-0.5 * 2, -0.5, 0.0]))
 
 
 def call(name: str, **arguments: object) -> str:

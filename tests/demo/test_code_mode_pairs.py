@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 
 import numpy as np
 import pytest
 
 from raykd.data.chat import render
-from raykd.data.examples import Wanted, build_examples, decode_spans
+from raykd.data.examples import Wanted, decode_spans
 from raykd.data.extractors import extract_tool_calls
 from raykd.data.offline_rows import RowReader
 from raykd.demo.code_mode import generate_pairs, main, program, run_program, typescript_api
@@ -66,8 +65,8 @@ def test_the_rejected_turn_is_what_the_template_writes_for_the_calls(rows, demo_
 
 
 def test_rows_become_pairs_with_code_and_direct_calls_marked(rows, demo_tokenizer):
-    build = partial(build_examples, wanted=Wanted(losses=frozenset(["code_mode_preference"])))
-    read = RowReader(demo_tokenizer, build=build).examples(rows)
+    wanted = Wanted(losses=frozenset(["code_mode_preference"]))
+    read = RowReader(demo_tokenizer, wanted=wanted).examples(rows)
     for row, halves in zip(rows, read, strict=True):
         assert not isinstance(halves, str), halves
         code, direct = (decode_spans(half, demo_tokenizer) for half in halves)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from raykd.data.curriculum import find_steps
-from raykd.data.examples import Wanted, build_examples
+from raykd.data.examples import Wanted
 from raykd.data.offline_rows import RowReader
 from raykd.demo.corpus import generate
 from raykd.demo.offline import MAX_LOOPS, WISHES, generate_rows, main
@@ -24,9 +24,7 @@ def rows() -> list[dict]:
 
 @pytest.fixture(scope="module")
 def read(rows, demo_tokenizer):
-    reader = RowReader(
-        demo_tokenizer, max_tokens=640, build=lambda table, tokenizer: build_examples(table, tokenizer, WANTED)
-    )
+    reader = RowReader(demo_tokenizer, max_tokens=640, wanted=WANTED)
     return reader.examples(rows)
 
 

@@ -14,6 +14,7 @@ from raykd.data.pairs import rejected_half
 from raykd.loss_config import LOSSES, LossConfig
 from raykd.losses.combine import combine, loss_counts
 from raykd.losses.context import Head, LossContext, TeacherTop
+from raykd.losses.sweep import sweep_weights
 from raykd.types import Batch, Example, LossReport, Mark, SetKind, Source, StudentOutput
 
 V, H, K, TEACHER_H = 40, 6, 5, 4
@@ -80,12 +81,15 @@ def make_examples() -> list[Example]:
 class Model(nn.Module):
     """A student in miniature: causal sums, two layers, heads, projections; float64."""
 
+    reference: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(1)
         self.embedding = nn.Embedding(V, H)
         self.layers = nn.ModuleList(nn.Linear(H, H) for _ in range(2))
         self.head = nn.Linear(H, V)
+        self.register_buffer("reference", torch.randn(V, H))  # embedding and head of a frozen student
         self.halt = nn.Linear(H, 2)
         self.quality = nn.Linear(H, 1)
         self.projections = nn.ModuleDict({str(layer): nn.Linear(H, TEACHER_H, bias=False) for layer in PAIRS})
@@ -99,7 +103,11 @@ class Model(nn.Module):
             states.append(hidden)
         flat = hidden.flatten(0, 1)
         return StudentOutput(
-            hidden, tuple(states), self.halt(flat[batch.decision_index]), self.quality(flat[batch.end_index])[:, 0]
+            hidden,
+            tuple(states),
+            self.halt(flat[batch.decision_index]),
+            self.quality(flat[batch.end_index])[:, 0],
+            self.reference[batch.input_ids].cumsum(dim=1).tanh(),
         )
 
 
@@ -115,6 +123,7 @@ def context_of(model: Model) -> LossContext:
         num_teacher_layers=2,
         rms=torch.tensor([1.5, 0.7]),
         teacher_top=TeacherTop(nn.LayerNorm(TEACHER_H), torch.randn(V, TEACHER_H), None),
+        reference_head=Head(model.reference, torch.linspace(-1, 1, V).double()),
     )
 
 
@@ -267,6 +276,20 @@ def test_the_rejected_half_of_a_pair_is_a_target_of_the_preference_alone():
         counts = {term: float(part.count) for term, part in report.parts.items() if part.count}
         assert counts == ({"code_mode_preference/direct": 1.0} if name == "code_mode_preference" else {}), name
         assert not any(metric.count for name, metric in report.metrics.items() if name != "direct_tool_logprob")
+
+
+@pytest.mark.parametrize("tier_of_run", [1, 2, 3])
+def test_latent_spans_are_limited_by_the_tier_of_the_sample_or_of_the_run(tier_of_run):
+    example = make_examples()[1]
+    ids = example.input_ids.copy()
+    ids[2:8] = [BOT, EOT] * 3
+    examples = [dataclasses.replace(example, input_ids=ids, caws_tier=tier) for tier in (0, 1, 2, 3)]
+    batch = collate_kd_batch(examples, 0)
+    config = LossConfig(kd=0.0, caws_compliance=1.0, caws_tier=tier_of_run)
+    weights = sweep_weights(batch, config, LossContext(eos_id=EOS, bot_id=BOT, eot_id=EOT))
+    no_bot = weights["caws_compliance"][:, 0].reshape(4, -1).sum(dim=1).tolist()
+    allowed = {1: 8, 2: 7, 3: 3}  # of eight tokens, those where a further <bot> is forbidden; a span takes two
+    assert no_bot == [allowed[tier] for tier in (tier_of_run, 1, 2, 3)]
 
 
 def test_the_policy_gradient_is_clipped_where_answers_serve_more_than_once():

@@ -12,9 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from raykd.data.process_targets import REASONS
+from raykd.loss_config import LOSSES, LossConfig
 from raykd.training.checkpoint import STUDENT, latest_checkpoint, list_checkpoints, read_ledger
 from raykd.training.feed import Feed
 from raykd.training.loop import NotFiniteError, count_tokens, step, validate
+from raykd.training.loss_needs import NEEDS, tell_idle
 from raykd.training.schedules import learning_rate
 from raykd.training.trainer import make_trainer
 from raykd.types import EXAMPLE_SCHEMA, Mark
@@ -257,6 +259,30 @@ def test_validation_trains_nothing_and_does_not_depend_on_the_micro_batches(stud
     assert largest_difference(before, weights(trainer)) == 0
     assert trainer.student.training
     assert validate(trainer, make_feed(trainer, [])) == {}
+
+
+def test_a_loss_that_has_had_no_token_is_told_at_the_first_log_entry_and_at_the_end(student_path, tmp_path, caplog):
+    loss = {"halt": 0.5, "copy_mass": 0.0, "schedules": {"copy_mass": {"kind": "constant", "start": 0.2}}}
+    config = make_config(student_path, loss=loss, train={"log_every": 2})
+    with caplog.at_level("WARNING", logger="raykd.training.loss_needs"):
+        run(config, tmp_path / "long", [make_rows(24)])
+        run(config, tmp_path / "short", [make_rows(16)])
+        run(make_config(student_path), tmp_path / "all", [make_rows(8)])
+    told = [record.getMessage() for record in caplog.records]
+    assert [message.partition(" and changes nothing")[0] for message in told] == [
+        f"loss.{name} has had no token in {steps} steps"
+        for steps in (2, 3, 2)
+        for name in ("copy_mass=0", "halt=0.5")
+    ]  # fmt: skip
+    assert "it needs responses that copy values of tool results" in told[0]
+
+
+def test_a_loss_of_several_parts_is_idle_only_where_none_has_had_a_token(caplog):
+    losses = LossConfig(kd=1.0, length_aware=0.5, code_mode_preference=0.5)
+    with caplog.at_level("WARNING", logger="raykd.training.loss_needs"):
+        tell_idle(losses, {"kd", "length_aware/excess"}, 7)
+    assert [record.getMessage().split("=")[0] for record in caplog.records] == ["loss.code_mode_preference"]
+    assert set(NEEDS) == set(LOSSES)
 
 
 def test_why_samples_had_nothing_for_a_loss_to_look_at_is_told_once_at_the_end(student_path, tmp_path, caplog):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,10 +17,10 @@ from raykd.config import Config
 from raykd.data.collate import collate_kd_batch
 from raykd.data.examples import examples_to_table
 from raykd.data.text_scores import Judged
-from raykd.loss_config import RolloutConfig
 from raykd.losses.context import LossContext
 from raykd.losses.head import head_logprobs
 from raykd.losses.scored import policy_gradient_loss
+from raykd.sample_config import RolloutConfig
 from raykd.student.generation import Generated, generate
 from raykd.student.model import load_student
 from raykd.training.distributed import rollouts_of, score_in_ray
@@ -69,22 +70,23 @@ def words(tmp_path_factory):
 def test_rows_carry_prompt_response_advantage_and_the_teachers_length(words):
     tokenizer, _ = words
     asked: list[list[int]] = []
-    scored: list[tuple[list[str], list[str]]] = []
+    scored: list[tuple[list[str], list[str], list[int]]] = []
 
     def sample(prompts: list[np.ndarray]) -> list[Generated]:
         asked.extend(prompt.tolist() for prompt in prompts)
         return [answer(40, EOS), answer(41, 42, 43, 44, 45, 46), answer(EOS), answer(50)]
 
-    def score(texts: list[str], teacher_texts: list[str]) -> Judged:
-        scored.append((texts, teacher_texts))
+    def score(texts: list[str], teacher_texts: list[str], tiers: list[int]) -> Judged:
+        scored.append((texts, teacher_texts, tiers))
         return Judged(np.array([1.0, 0.5, 0.0, 2.0]), np.array([0.5, 0.25, 0.0, 1.0]), np.array([False, False, True, False]))
 
     config = RolloutConfig(samples=2, length=0.25)
     rows, rewards, lengths = rollout_examples(
-        [TWO_TURNS, WITH_SLOTS], tokenizer, config, sample=sample, score=score, eos_ids={EOS}
+        [replace(TWO_TURNS, caws_tier=3), WITH_SLOTS], tokenizer, config, sample=sample, score=score, eos_ids={EOS}
     )
     assert asked == [[10, 11], [10, 11], [10], [10]]
-    assert scored == [(["w40", "w41 w42 w43 w44 w45 w46", "", "w50"], ["w20 w21", "w20 w21", "w20 w30 w21", "w20 w30 w21"])]
+    texts = ["w40", "w41 w42 w43 w44 w45 w46", "", "w50"]
+    assert scored == [(texts, ["w20 w21", "w20 w21", "w20 w30 w21", "w20 w30 w21"], [3, 3, 0, 0])]
     # The second response is twice as long as the teacher's three tokens.
     np.testing.assert_allclose(rewards, [[1.0, 0.5 - 0.25], [0.0, 2.0]])
     assert [row.advantage for row in rows] == [0.75, -0.75, -2.0, 2.0]
@@ -96,6 +98,7 @@ def test_rows_carry_prompt_response_advantage_and_the_teachers_length(words):
     assert first.input_ids.tolist() == [10, 11, 40, EOS]
     assert first.marks.tolist() == [0, 0, R, R]
     batch = collate_kd_batch(rows, pad_id=0)
+    assert batch.caws_tier.tolist() == [3, 3, 0, 0]
     assert batch.response_advantage.tolist() == [0.75] * 2 + [-0.75] * 6 + [-2.0, 2.0]
     ids = [40, EOS, 41, 42, 43, 44, 45, 46, EOS, 50]
     np.testing.assert_allclose(batch.response_old_logprob, -np.array(ids) / 10, rtol=1e-6)
@@ -107,7 +110,7 @@ def test_latent_slots_of_an_answer_are_inputs_and_no_choice_of_the_students(word
     thought = Generated(np.array([40, 50, 50, 41, EOS], np.int32), np.array([-1, np.nan, np.nan, -2, -3], np.float32), True)
     made = rollout_examples(
         [TWO_TURNS], tokenizer, RolloutConfig(samples=2), sample=lambda prompts: [thought, answer(42, EOS)],
-        score=lambda texts, teachers: incomplete([1.0, 0.0]), eos_ids={EOS},
+        score=lambda texts, teachers, tiers: incomplete([1.0, 0.0]), eos_ids={EOS},
     )  # fmt: skip
     latent = int(Mark.LATENT)
     assert made.examples[0].marks.tolist() == [0, 0, R, latent, latent, R, R]
@@ -124,7 +127,7 @@ def test_a_score_that_is_no_number_is_refused(words):
             tokenizer,
             RolloutConfig(samples=2),
             sample=lambda prompts: [answer(5) for _ in prompts],
-            score=lambda texts, teacher_texts: incomplete([1.0, math.nan]),
+            score=lambda texts, teacher_texts, tiers: incomplete([1.0, math.nan]),
             eos_ids={EOS},
         )
 
@@ -136,7 +139,7 @@ def test_thirty_steps_of_policy_gradient_raise_the_reward(words):
     optimizer = torch.optim.Adam(student.parameters(), lr=1e-2)
     prompts = [example(uid, [uid, 5, 9], [0, 0, R]) for uid in range(10, 18)]
 
-    def score(texts: list[str], teacher_texts: list[str]) -> Judged:
+    def score(texts: list[str], teacher_texts: list[str], tiers: list[int]) -> Judged:
         return incomplete([text.split().count("w33") / 4 for text in texts])
 
     means = []
@@ -192,7 +195,7 @@ def answering(trainer: Trainer, feed: Feed) -> KeptRollouts:
             sample=partial(
                 generate, trainer.student, max_tokens=options.max_tokens, temperature=1.0, seed=step, eos_ids=[EOS]
             ),
-            score=lambda texts, teacher_texts: incomplete(
+            score=lambda texts, teacher_texts, tiers: incomplete(
                 [sum(int(word[1:]) for word in text.split()) / 99 for text in texts]
             ),
             eos_ids={EOS},
@@ -274,12 +277,12 @@ def test_a_ranks_answers_depend_on_seed_and_step_and_pairs_are_asked_once(studen
 
 
 @pytest.mark.ray
-def test_scores_come_from_ray_tasks_in_order(words, ray_cluster):
+def test_scores_come_from_ray_tasks_in_order_by_the_tier_of_the_sample_or_of_the_run(words, ray_cluster):
     _, config = words
-    rollouts = RolloutConfig(caws=1.0, claims=0.0)
-    score = score_in_ray(Config.model_validate(config.model_dump() | {"rollouts": rollouts.model_dump()}))
-    texts = ["Fine.", "", "<bot>Fine.", "Fine.", "But fine."]
-    found = score(texts, [""] * 5)
-    np.testing.assert_allclose(found.reward, np.exp([0, -1.5, -1.0, 0, -0.15]))
-    assert found.complete.tolist() == [False] * 5
-    assert [part.shape for part in score([], [])] == [(0,)] * 3
+    config = config.model_copy(update={"rollouts": RolloutConfig(caws=1.0, claims=0.0)})
+    score = score_in_ray(config.model_copy(update={"loss": config.loss.model_copy(update={"caws_tier": 1})}))
+    texts = ["Fine.", "", "<bot>Fine.", "<bot>a<eot> fine.", "<bot>a<eot> fine.", "But fine."]
+    found = score(texts, [""] * 6, [0, 0, 0, 0, 2, 0])
+    np.testing.assert_allclose(found.reward, np.exp([0, -1.5, -1.5, -0.5, 0, -0.15]))
+    assert found.complete.tolist() == [False] * 6
+    assert [part.shape for part in score([], [], [])] == [(0,)] * 3
