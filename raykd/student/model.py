@@ -205,10 +205,11 @@ def student_config(config: StudentConfig) -> PretrainedConfig:
 
 def count_parameters(architecture: PretrainedConfig) -> int:
     """Parameters of a model with this config, tied ones once; allocates nothing."""
-    return sum(parameter.numel() for parameter in _on_meta(architecture).parameters())
+    return sum(parameter.numel() for parameter in on_meta(architecture).parameters())
 
 
-def _on_meta(architecture: PretrainedConfig) -> PreTrainedModel:
+def on_meta(architecture: PretrainedConfig) -> PreTrainedModel:
+    """A model of this config without values."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(architecture)
 
