@@ -1,6 +1,6 @@
 # Every target sets the project up first (scripts/setup.sh; a second time it takes no time).
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo_all losses test lint report bench
+.PHONY: help setup demo demo_all losses pipeline plan worker kd proc answer qat test lint report bench
 
 PYTHON := .venv/bin/python
 # Settings for a teacher on the CPU and for a quiet local Ray; a real cluster sets its own.
@@ -11,7 +11,7 @@ export WANDB_MODE ?= offline
 export HF_HUB_OFFLINE ?= 1
 
 help: ## this list
-	@grep -hE '^[a-z_]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z_ ]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: ## make .venv with everything in it
 	@scripts/setup.sh
@@ -24,6 +24,15 @@ demo_all: setup ## the demo with every loss on (about 15 minutes on 2 cores)
 
 losses: setup ## what every loss does, alone: bench/losses.md
 	@$(PYTHON) scripts/loss_table.py
+
+pipeline: setup ## kd, process, answer, INT8: trained, exported, served, judged (about 20 minutes on 2 cores)
+	@scripts/pipeline.sh
+
+plan: setup ## what every recipe in configs/ would take, on 1, 8 and 64 GPUs
+	@$(PYTHON) scripts/plan.py
+
+worker kd proc answer qat: setup ## one stage (scripts/stage.sh): make kd ARGS="data.prompts=…"; SIZE=demo: on 2 cores
+	@SIZE=$(SIZE) scripts/stage.sh $@ $(ARGS)
 
 test: setup lint ## ruff, pyright, pytest
 	@$(PYTHON) -m pytest

@@ -6,27 +6,30 @@ In: argv, YAML files. Out: a validated `Config`; the run folder with its config.
 from __future__ import annotations
 
 import argparse
+import copy
 import difflib
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import ray
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from raykd.config import Config
+from raykd.config import Config, RunConfig
 
 logger = logging.getLogger(__name__)
 
 PATH_KEYS = (
     "run.dir",
+    "init.from",
     "data.prompts",
     "data.held_out",
     "data.teacher_cache",
+    "evaluate.refinements",
     "student.model",
     "student.tokenizer",
     "teacher.model",
@@ -48,8 +51,19 @@ CHANGEABLE_ON_RESUME = (
 """Options (and prefixes of options) that do not change what is learned."""
 
 
+CONFIG_FILE = "config.yaml"
+"""The resolved config, in the run folder."""
+
+
 class ConfigError(ValueError):
     """The configuration cannot be used: found, expected, what to change."""
+
+
+class Words(NamedTuple):
+    """What a command line names: files, and overrides of the form key=value."""
+
+    files: list[str]
+    overrides: list[str]
 
 
 def parse(argv: Sequence[str] | None, description: str, *flags: str) -> tuple[Config, argparse.Namespace]:
@@ -58,6 +72,14 @@ def parse(argv: Sequence[str] | None, description: str, *flags: str) -> tuple[Co
     Files merge deeply from left to right, lists replace, then `a.b=value` is parsed as YAML. Errors: ConfigError naming
     the file, the dotted path and the nearest valid name.
     """
+    words, args = parse_words(argv, description, *flags)
+    return load_config(*words), args
+
+
+def parse_words(
+    argv: Sequence[str] | None, description: str, *flags: str, steps: bool = False
+) -> tuple[Words, argparse.Namespace]:
+    """What stands on the command line, unread. With `steps`, `--steps N` is short for train.max_steps=N."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--config",
@@ -68,6 +90,8 @@ def parse(argv: Sequence[str] | None, description: str, *flags: str) -> tuple[Co
     )
     for flag in flags:
         parser.add_argument(flag, action="store_true")
+    if steps:
+        parser.add_argument("--steps", type=int, metavar="N", help="the same as train.max_steps=N")
     args, rest = parser.parse_known_args(argv)
     unknown = [word for word in rest if "=" not in word or word.startswith("-")]
     if unknown:
@@ -75,15 +99,52 @@ def parse(argv: Sequence[str] | None, description: str, *flags: str) -> tuple[Co
     words = [*args.config, *rest]
     files = [word for word in words if "=" not in word]
     overrides = [word for word in words if "=" in word]
-    return load_config(files, overrides), args
+    if steps and args.steps is not None:
+        overrides.append(f"train.max_steps={args.steps}")
+    return Words(files, overrides), args
 
 
 def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
     """Merge YAML files and `a.b=value` overrides into a validated Config. Errors: ConfigError."""
+    configs = load_configs(files, overrides)
+    if len(configs) > 1:
+        raise ConfigError(f"{', '.join(map(str, files))}: a pipeline of {len(configs)} stages; only raykd.train runs one")
+    return configs[0]
+
+
+def load_configs(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> list[Config]:
+    """The config of every stage of a pipeline, in order; one where the files name no `pipeline`.
+
+    `pipeline` is a list of what each stage has on top of the rest of the files. A stage's run is called
+    `<run.name>-<stage>`, and all but the first go on from the run before, unless they say otherwise. Errors: ConfigError.
+    """
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}  # dotted path -> file that set it last
     for file in files:
-        _merge(merged, _read_yaml(Path(file)), origins, str(file))
+        for name, content in _with_included(Path(file)):
+            _merge(merged, content, origins, name)
+    stages = merged.pop("pipeline", None)
+    _merge_overrides(merged, overrides, origins)
+    if stages is None:
+        return [_validated(merged, origins)]
+    if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
+        raise ConfigError(f"{_origin('pipeline', origins)}: pipeline is no list of stages, expected `- {{stage: kd, …}}`")
+    configs: list[Config] = []
+    for number, stage in enumerate(stages, 1):
+        own, own_origins = copy.deepcopy(merged), dict(origins)
+        name = f"{merged.get('run', {}).get('name', RunConfig().name)}-{stage.get('stage', 'kd')}"
+        before = {"init": {"from": str(run_folder(configs[-1]))}} if configs else {}
+        _merge(own, {"run": {"name": name}} | before, own_origins, "pipeline")
+        _merge(own, stage, own_origins, f"{_origin('pipeline', origins)}, stage {number} of the pipeline")
+        _merge_overrides(own, [word for word in overrides if not word.startswith("run.name=")], own_origins)
+        configs.append(_validated(own, own_origins))
+    names = [config.run.name for config in configs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"pipeline: two stages have the run.name {twice[0]!r}; give each a name of its own")
+    return configs
+
+
+def _merge_overrides(merged: dict[str, Any], overrides: Sequence[str], origins: dict[str, str]) -> None:
     for override in overrides:
         key, _, text = override.partition("=")
         try:
@@ -93,11 +154,27 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
         for part in reversed(key.split(".")):
             value = {part: value}
         _merge(merged, value, origins, "command line")
+
+
+def _validated(merged: dict[str, Any], origins: dict[str, str]) -> Config:
     try:
         config = Config.model_validate(merged)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(item, origins) for item in error.errors())) from error
     return _with_absolute_paths(config)
+
+
+def _with_included(file: Path, within: tuple[Path, ...] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What a file includes (`include: [demo.yaml]`, paths relative to its own), in order, and then its own content."""
+    if file.resolve() in within:
+        raise ConfigError(f"{file}: includes itself, by way of {' -> '.join(path.name for path in within)}")
+    content = _read_yaml(file)
+    included = content.pop("include", [])
+    if not isinstance(included, list):
+        raise ConfigError(f"{file}: include is a {type(included).__name__}, expected a list of files")
+    for name in included:
+        yield from _with_included(file.parent / str(name), (*within, file.resolve()))
+    yield str(file), content
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -196,7 +273,7 @@ def _valid_names(location: Sequence[str]) -> list[str]:
                 if part in model.model_fields
                 for inner in _members(model.model_fields[part].rebuild_annotation())
             ]
-    return [name for model in models for name in model.model_fields]
+    return [option.alias or name for model in models for name, option in model.model_fields.items()]
 
 
 def _with_absolute_paths(config: Config) -> Config:
@@ -224,7 +301,7 @@ def open_run(config: Config, *, resume: bool = False) -> Path:
     run was started with other options that change what is learned.
     """
     folder = run_folder(config)
-    saved = folder / "config.yaml"
+    saved = folder / CONFIG_FILE
     if not resume:
         if saved.exists():
             raise ConfigError(

@@ -53,7 +53,7 @@ from raykd.training.preflight import check_resources
 from teacher_serving.actor import teacher_stage
 from teacher_serving.identity import vocabulary_fingerprint
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("raykd.collect")  # started with -m, __name__ is __main__
 
 REPORT_EVERY_S = 10.0
 EXPORT_ROWS = 256

@@ -5,19 +5,14 @@ In: nothing but Python values (raykd/cli.py reads files and overrides). Out: a f
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from raykd.loss_config import (
-    CodeModeConfig,
-    Fraction,
-    HaltConfig,
-    LatentConfig,
-    LossConfig,
-    RolloutConfig,
-    Section,
-)
+from raykd.loss_config import PROCESS_LOSSES, Fraction, LossConfig, Section
+from raykd.sample_config import CodeModeConfig, HaltConfig, LatentConfig, RolloutConfig
+from raykd.stage_config import InitConfig, QuantizationConfig, StageName
 from teacher_serving.config import TeacherConfig
 
 WITH_HEADS = frozenset({"halt", "halt_ponder", "self_evaluation", "intermediate_layer"})
@@ -44,6 +39,15 @@ class OfflineFile(Section):
     """How often each of its rows comes in an epoch: 2 is twice, 0.1 a tenth of the rows, other ones every epoch."""
 
 
+class LengthStage(Section):
+    """A stage of the length curriculum."""
+
+    until_step: int = Field(ge=1)
+    """The stage ends before this optimizer step."""
+    max_prompt_tokens: int = Field(ge=1)
+    """Longer prompts wait for a later stage."""
+
+
 class DataConfig(Section):
     """From the user's files to examples."""
 
@@ -68,6 +72,10 @@ class DataConfig(Section):
     """The run fails when a larger share of the rows is unusable; each is kept in rejected.jsonl with its reason."""
     shuffle: bool = True
     """Draw a new order of prompts and offline rows for every epoch (from run.seed)."""
+    length_stages: tuple[LengthStage, ...] = ()
+    """Short prompts first: in each stage only those come that are short enough, after the last one all the others. Every
+    prompt still comes once in an epoch; a stage ends early when it has no more. The order is that of the stream, which
+    `fixed_order` makes exact."""
     fixed_order: bool = False
     """Deliver examples in exactly that order, whichever teacher is done first. Slower; for reproducible runs."""
     max_lead_tokens: int = Field(default=1_000_000, ge=1)
@@ -87,8 +95,14 @@ class DataConfig(Section):
         of_prompts = {
             "completions=recorded": self.completions == "recorded",
             "on_long_prompt=truncate_left": self.on_long_prompt == "truncate_left",
+            "length_stages": bool(self.length_stages),
             f"teacher_cache={self.teacher_cache}": self.teacher_cache is not None,
         }
+        limits = [(stage.until_step, stage.max_prompt_tokens) for stage in self.length_stages]
+        if any(later[0] <= earlier[0] or later[1] <= earlier[1] for earlier, later in pairwise(limits)):
+            raise ValueError(
+                f"data.length_stages have (until_step, max_prompt_tokens) {limits}; expected both to rise in each stage"
+            )
         for name, is_set in of_prompts.items():
             if is_set and not self.prompts:
                 raise ValueError(
@@ -189,6 +203,13 @@ class EvaluateConfig(Section):
     """Resamples of the 95 % confidence intervals."""
     num_examples: int = Field(default=10, ge=0)
     """Decoded examples in the report."""
+    num_timed: int = Field(default=20, ge=0)
+    """Prompts that are asked alone, one after the other: time to the first token and to the first valid call; 0: none."""
+    refinements: str | None = None
+    """File of rows that hold their responses, such as conversations with judged drafts (raykd/data/refinement.py): halt and
+    self-evaluation heads are judged on them, at most on max_prompts. None: on such rows of data.held_out."""
+    max_refined: int = Field(default=32, ge=0)
+    """Refinements of it that the student writes anew, halting by its head; 0: none."""
 
 
 class TrackingConfig(Section):
@@ -218,7 +239,11 @@ class RayConfig(Section):
 class Config(Section):
     """The whole run."""
 
+    stage: StageName = "kd"
+    """What the run is for (raykd/training/stages.py): kd distils; process goes on with the losses on tool calls; answer
+    learns the answers after tool results; qat trains the INT8 student."""
     run: RunConfig = RunConfig()
+    init: InitConfig = InitConfig()
     teacher: TeacherConfig
     student: StudentConfig
     data: DataConfig
@@ -227,10 +252,36 @@ class Config(Section):
     halt: HaltConfig = HaltConfig()
     code_mode: CodeModeConfig = CodeModeConfig()
     rollouts: RolloutConfig = RolloutConfig()
+    quantization: QuantizationConfig = QuantizationConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     tracking: TrackingConfig = TrackingConfig()
     ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def _check_stage(self) -> Self:
+        losses, quantization = self.loss.weights, self.quantization
+        if self.stage != "qat" and (given := _differing(quantization)):
+            raise ValueError(
+                f"quantization.{min(given)} with stage={self.stage} has no effect: only stage=qat trains in INT8; leave it "
+                "out, or set stage=qat"
+            )
+        if self.stage == "process" and not losses.keys() & set(PROCESS_LOSSES):
+            raise ValueError(
+                f"stage=process with the losses {', '.join(losses)}: none is on tool use; set one of "
+                f"{', '.join(PROCESS_LOSSES)} above 0 in loss"
+            )
+        if self.stage == "answer" and (self.data.offline or not self.data.prompts):
+            raise ValueError(
+                "stage=answer with data.offline, or without data.prompts: the answers are selected from conversations; give "
+                "those in data.prompts (data.completions=recorded to learn their own answers) and leave data.offline out"
+            )
+        if self.stage == "qat" and quantization.start_step >= (self.train.max_steps or 2**62):
+            raise ValueError(
+                f"quantization.start_step={quantization.start_step} with train.max_steps={self.train.max_steps}: no step "
+                "would be made in INT8; lower start_step"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -295,3 +346,8 @@ class Config(Section):
                 f"{self.train.sequences_per_step}: the first step could never be filled"
             )
         return self
+
+
+def _differing(section: Section) -> set[str]:
+    """Names of the options that are not at their defaults."""
+    return {name for name, option in type(section).model_fields.items() if getattr(section, name) != option.default}

@@ -1,9 +1,11 @@
 """Distil a student from a live teacher: `python -m raykd.train --config a.yaml b.yaml key=value … [--plan] [--resume]`.
 
-In:  the config, and the prompts, offline files and folders of teacher and student that it names.
-Out: `<run.dir>/<run.name>/` with checkpoints, metrics and the teacher's cached output.
+In:  the config, and the prompts, offline files and folders of teacher and student that it names; with `init.from` the run of
+     the stage before (raykd/training/stages.py).
+Out: `<run.dir>/<run.name>/` with checkpoints, metrics, the teacher's cached output and manifest.json.
 
---plan prints what would run and starts nothing. --resume goes on from the newest checkpoint of the run.
+--plan prints what would run and starts nothing. --resume goes on from the newest checkpoint of the run. A file with a
+`pipeline` (configs/pipeline.yaml) is several stages, run one after the other; started again, it goes on where it stopped.
 Exit code: 0 done, 1 something the user can mend, 130 or 143 stopped by SIGINT or SIGTERM after a checkpoint.
 """
 
@@ -18,53 +20,87 @@ from pathlib import Path
 
 import ray
 
-from raykd.cli import connect_ray, exit_code, open_run, parse, start_ray
+from raykd.cli import CONFIG_FILE, connect_ray, exit_code, load_configs, open_run, parse_words, run_folder, start_ray
 from raykd.config import Config
 from raykd.data.offline_stream import prepare_offline
 from raykd.data.sources import prepare_prompts
 from raykd.tracing import ProgressDisplay, quiet_ray
 from raykd.training.checkpoint import STUDENT, CheckpointError, latest_checkpoint, read_state, verify
 from raykd.training.distributed import STOP_FILE, RunRows, train_epoch
-from raykd.training.preflight import Plan, check, check_resources, num_steps, print_summary
+from raykd.training.preflight import Plan, check, check_disk, check_resources, num_steps, print_summary
+from raykd.training.stages import begin_manifest, finish_manifest, read_manifest, resolve
 from teacher_serving.identity import vocabulary_fingerprint
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("raykd.train")  # started with -m, __name__ is __main__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. Errors: ValueError for what the user can mend."""
-    config, args = parse(argv, __doc__ or "", "--plan", "--resume")
-    plan = check(config)
+    words, args = parse_words(argv, __doc__ or "", "--plan", "--resume", steps=True)
+    configs = load_configs(*words)
     if args.plan:
-        cluster = ray.cluster_resources() if connect_ray(config) else None
-        print_summary(config, plan, numbers=None, cluster=cluster)
-        if cluster is not None:
-            check_resources(config, cluster)
+        for config in configs:
+            plan_run(config)
         return 0
+    for number, config in enumerate(configs):
+        begun = len(configs) > 1 and (run_folder(config) / CONFIG_FILE).exists()
+        if begun and is_finished(config):
+            logger.info("stage %d of %d, %s, is done", number + 1, len(configs), config.run.name)
+        elif code := run_stage(config, resume=args.resume or begun):
+            return code
+    return 0
 
-    run_folder = open_run(config, resume=args.resume)
-    first_epoch = _check_checkpoint(run_folder, plan)
+
+def is_finished(given: Config) -> bool:
+    """Whether the run of a stage came to its end, and from the parent that it would have now."""
+    config, parent = resolve(given)
+    folder = open_run(config, resume=True)  # refuses another config than the run has
+    manifest = read_manifest(folder)
+    identity = parent.identity if parent else None
+    return manifest is not None and manifest.checkpoint is not None and manifest.parent == identity
+
+
+def plan_run(given: Config) -> None:
+    """Print what would run. The student of a stage that has not run yet is taken to be the config's own."""
+    config = resolve(given)[0] if given.init.from_ is None or Path(given.init.from_).exists() else given
+    plan = check(config)
+    cluster = ray.cluster_resources() if connect_ray(config) else None
+    print_summary(config, plan, numbers=None, cluster=cluster)
+    if cluster is not None:
+        check_resources(config, cluster)
+
+
+def run_stage(given: Config, *, resume: bool) -> int:
+    """One run from its beginning, or from its newest checkpoint, to its end; returns the exit code."""
+    config, parent = resolve(given)
+    plan = check(config)
+    check_disk(config, plan)
+    folder = open_run(config, resume=resume)
+    first_epoch = _check_checkpoint(folder, plan)
     quiet_ray()
     start_ray(config)
     cluster = ray.cluster_resources()
     check_resources(config, cluster)
-    rows = RunRows(
-        prompts=prepare_prompts(config, run_folder) if config.data.prompts else None,
-        offline=prepare_offline(config, run_folder) if config.data.offline else None,
-    )
+    prompts = prepare_prompts(config, folder) if config.data.prompts else None
+    rows = RunRows(prompts, prepare_offline(config, folder, prompts) if config.data.offline else None)
+    teacher, vocabulary = plan.teacher.fingerprint, plan.student_vocabulary
+    facts = {"data": rows.fingerprints, "teacher": teacher, "vocabulary": vocabulary}
+    begin_manifest(given, config, folder, parent, facts)
     steps = num_steps(config, sum(rows.numbers.values()))
     print_summary(config, plan, numbers=rows.numbers, cluster=cluster)
 
-    with _stop_on_signals(run_folder) as received, _progress(config, run_folder, steps):
+    with _stop_on_signals(folder) as received, _progress(config, folder, steps):
         for epoch in range(first_epoch, config.train.epochs):
-            result = train_epoch(config, run_folder, rows, epoch=epoch, num_steps=steps, teacher=plan.teacher)
+            result = train_epoch(config, folder, rows, epoch=epoch, num_steps=steps, teacher=plan.teacher)
             if result.stopped or result.step == config.train.max_steps:
                 break
 
-    checkpoint = latest_checkpoint(run_folder)
+    checkpoint = latest_checkpoint(folder)
     if received:
         logger.warning("stopped; --resume goes on from %s", checkpoint)
         return 128 + received[0]
+    assert checkpoint is not None, "a run that ends leaves a checkpoint"
+    finish_manifest(folder, checkpoint)
     logger.info("done: the student is in %s/student", checkpoint)
     return 0
 

@@ -15,10 +15,9 @@ if [ "${1:-}" = all ]; then
     shift
     configs+=(configs/demo_all.yaml)
     run=demo-all
-    [ -f runs/demo-prompts/offline.jsonl ] || $python -m raykd.demo.offline --out runs/demo-prompts/offline.jsonl --rows 900
 fi
 
-[ -f runs/demo-prompts/train.jsonl ] || $python -m raykd.demo.corpus --out runs/demo-prompts --train 7500
+scripts/demo_rows.sh
 rm -rf "runs/$run"
 $python -m raykd.train --config "${configs[@]}" "$@"
 $python -m raykd.evaluate --config "${configs[@]}" "$@"

@@ -137,7 +137,7 @@ def make_world(config: Config, num_rows: int, num_prompts: int) -> World:
     wanted = Wanted.by(config, tokenizer)
     curriculum = Curriculum.of(config, student_tokenizer(config.student.tokenizer_folder, config.student.new_tokens))
     assert curriculum is not None, "demo_all has a latent curriculum"
-    reader = RowReader(tokenizer, config.teacher.top_k, build=lambda rows, _: build_examples(rows, tokenizer, wanted))
+    reader = RowReader(tokenizer, config.teacher.top_k, wanted=wanted)
 
     def ids_of(row: dict[str, Any]) -> np.ndarray:
         return np.array(tokenizer(render(tokenizer, row, prompt=True), add_special_tokens=False)["input_ids"], np.int32)
@@ -230,7 +230,10 @@ def sampled(trainer: Trainer, feed: Feed, world: World, table: pa.Table, seed: i
             trainer.student, prompts, max_tokens=options.max_tokens, temperature=options.temperature, seed=seed,
             eos_ids=world.eos_ids,
         ),
-        score=lambda texts, teachers: judge(texts, teachers, caws=options.caws, claims=options.claims),
+        score=lambda texts, teachers, tiers: judge(
+            texts, teachers, [tier or trainer.config.loss.caws_tier for tier in tiers], caws=options.caws,
+            claims=options.claims,
+        ),
         eos_ids=world.eos_ids,
     )  # fmt: skip
     numbers = {"reward": float(made.rewards.sum()), "rollouts": float(made.rewards.size)}

@@ -13,14 +13,15 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for folder in ("raykd", "teacher_serving") for path in (ROOT / folder).rglob("*.py"))
 
 ROWS = {  # lower rows may not import higher ones; row 2's rooms may not import one another, nor row 3's
-    0: ("raykd/loss_config.py",),
+    0: ("raykd/loss_config.py", "raykd/code_version.py"),
+    0.5: ("raykd/sample_config.py", "raykd/stage_config.py"),
     1: ("raykd/types.py", "raykd/config.py", "raykd/vocabulary.py"),
     2: ("raykd/data/", "raykd/student/", "raykd/losses/", "raykd/tracing.py", "raykd/demo/", "raykd/cli.py"),
     3: ("raykd/training/", "raykd/evaluation/"),
     4: ("raykd/train.py", "raykd/tune.py", "raykd/evaluate.py", "raykd/export.py", "raykd/collect.py"),
 }
 ONLY_IN = {
-    "vllm": ("teacher_serving/vllm_engine.py", "teacher_serving/vllm_states.py"),
+    "vllm": ("teacher_serving/vllm_engine.py", "teacher_serving/vllm_states.py", "teacher_serving/vllm_kernels.py"),
     "ray.train": ("raykd/training/distributed.py", "raykd/train.py", "raykd/tune.py"),
     "ray.data": (
         "raykd/data/stream.py",
@@ -41,6 +42,8 @@ WITHOUT_RAY_AND_VLLM = (
     "raykd/types.py",
     "raykd/config.py",
     "raykd/loss_config.py",
+    "raykd/sample_config.py",
+    "raykd/stage_config.py",
 )
 
 
@@ -70,7 +73,7 @@ def file_of(module: str) -> str | None:
     return None
 
 
-def room_of(name: str) -> tuple[int, str]:
+def room_of(name: str) -> tuple[float, str]:
     for row, rooms in ROWS.items():
         for room in rooms:
             if name.startswith(room):

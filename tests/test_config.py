@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from raykd.cli import ConfigError, load_config, open_run, parse
+from raykd.cli import ConfigError, load_config, load_configs, open_run, parse, parse_words
 from raykd.config import Config
 
 MINIMAL = {
@@ -189,3 +189,56 @@ def test_every_option_is_documented_and_only_config_has_defaults():
                 assert field.description, f"{path}{name} has no explanation"
 
     walk(Config, "")
+
+
+PIPELINE = {"pipeline": [{"stage": "kd"}, {"stage": "process", "loss": {"tool_name": 1.0}}, {"stage": "qat"}]}
+
+
+def test_a_pipeline_is_a_config_for_each_stage_and_each_goes_on_from_the_one_before(tmp_path: Path, minimal: str):
+    pipeline = write(tmp_path / "pipeline.yaml", PIPELINE)
+    kd, process, qat = load_configs([minimal, pipeline], ["run.name=x", "train.epochs=3"])
+    assert [config.run.name for config in (kd, process, qat)] == ["x-kd", "x-process", "x-qat"]
+    assert [config.init.from_ for config in (kd, process, qat)] == [
+        None,
+        str(tmp_path / "runs" / "x-kd"),
+        str(tmp_path / "runs" / "x-process"),
+    ]
+    assert {config.train.epochs for config in (kd, process, qat)} == {3}
+    assert process.loss.tool_name == 1.0
+    assert qat.loss.tool_name == 0.0, "what a stage has of its own is its own"
+    with pytest.raises(ConfigError, match="a pipeline of 3 stages"):
+        load_config([minimal, pipeline])
+
+
+def test_errors_of_a_pipeline_name_the_stage(tmp_path: Path, minimal: str):
+    wrong = write(tmp_path / "wrong.yaml", {"pipeline": [{"stage": "kd"}, {"stage": "qat", "trian": {}}]})
+    with pytest.raises(ConfigError, match=r"stage 2 of the pipeline: trian: no such option; did you mean 'train'"):
+        load_configs([minimal, wrong])
+    twice = write(tmp_path / "twice.yaml", {"pipeline": [{"stage": "kd"}, {"stage": "kd"}]})
+    with pytest.raises(ConfigError, match="two stages have the run.name 'run-kd'"):
+        load_configs([minimal, twice])
+    with pytest.raises(ConfigError, match="pipeline is no list of stages"):
+        load_configs([minimal, write(tmp_path / "no.yaml", {"pipeline": {"stage": "kd"}})])
+
+
+def test_a_file_includes_others_relative_to_itself(tmp_path: Path, minimal: str):
+    (tmp_path / "more").mkdir()
+    first = write(tmp_path / "more" / "first.yaml", {"include": ["../minimal.yaml"], "train": {"epochs": 2}})
+    config = load_config([write(tmp_path / "b.yaml", {"include": ["more/first.yaml"], "run": {"seed": 5}})])
+    assert (config.train.epochs, config.run.seed, config.teacher.model) == (2, 5, "teacher")
+    with pytest.raises(ConfigError, match="includes itself"):
+        load_config([write(Path(first), {"include": ["first.yaml"]})])
+    with pytest.raises(ConfigError, match="expected a list of files"):
+        load_config([write(tmp_path / "c.yaml", {"include": "minimal.yaml"})])
+
+
+def test_init_from_is_written_as_it_is_read(tmp_path: Path, minimal: str):
+    config = load_config([minimal], ["init.from=somewhere"])
+    assert config.model_dump()["init"]["from"] == "somewhere"
+    with pytest.raises(ConfigError, match=r"init\.form: no such option; did you mean 'from'"):
+        load_config([minimal], ["init.form=somewhere"])
+
+
+def test_steps_is_short_for_max_steps(minimal: str):
+    words, _ = parse_words(["--config", minimal, "--steps", "7"], "test", steps=True)
+    assert load_config(*words).train.max_steps == 7

@@ -22,9 +22,10 @@ from raykd.data.readers import DataError
 from raykd.evaluate import main as evaluate
 from raykd.evaluation.metrics import Gold, score_completion
 from raykd.evaluation.prompts import EvaluationError
-from raykd.loss_config import LatentStage, LossConfig
+from raykd.loss_config import LossConfig
 from raykd.losses.combine import combine, loss_counts
 from raykd.losses.context import Head
+from raykd.sample_config import LatentStage
 from raykd.types import Example, Mark, StudentOutput
 from tests.data.test_examples import table
 from tests.data.test_mask_properties import ids_of, made_tokenizer

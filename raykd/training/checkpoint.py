@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from raykd.student.heads import load_heads, save_heads
 from raykd.student.model import Student
@@ -100,20 +100,23 @@ def _write(folder: Path, snapshot: Snapshot) -> None:
     for rank, tensors in enumerate(snapshot.rng):
         save_file(tensors, folder / f"rng-{rank}.safetensors")
     np.save(folder / LEDGER, snapshot.ledger, allow_pickle=False)
-    _write_json(folder / STATE, snapshot.state)
+    write_json(folder / STATE, snapshot.state)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
     }
     for path in (*files, *(path for path in folder.rglob("*") if path.is_dir())):
         _flush(path)
-    _write_json(folder / MANIFEST, {"files": manifest})
+    write_json(folder / MANIFEST, {"files": manifest})
     _flush(folder / MANIFEST)
     _flush(folder)
 
 
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False), encoding="utf-8")
+def write_json(path: Path, value: Any) -> None:
+    """Write a value whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False), encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _flush(path: Path) -> None:
@@ -204,6 +207,15 @@ def restore_heads(folder: Path, student: Student) -> None:
         raise CheckpointError(str(error)) from error
 
 
+def take_over_heads(folder: Path, student: Student, names: Iterable[str]) -> None:
+    """Fill the student's heads of these names from the verified checkpoint of an earlier stage; the others stay new."""
+    chosen = nn.ModuleDict({name: student.heads[name] for name in names})
+    if len(chosen):
+        prefixes = tuple(f"{name}." for name in chosen)
+        tensors = {name: value for name, value in load_file(folder / HEADS).items() if name.startswith(prefixes)}
+        chosen.load_state_dict(tensors, strict=True)
+
+
 def optimizer_tensors(student: Student, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """State of the optimizer as `<parameter>|<key>` -> tensor; empty before the first step."""
     return {
@@ -216,7 +228,7 @@ def optimizer_tensors(student: Student, optimizer: torch.optim.Optimizer) -> dic
 def restore_optimizer(folder: Path, student: Student, optimizer: torch.optim.Optimizer) -> None:
     """Give the optimizer the state in a checkpoint. Errors: CheckpointError when it is not of exactly these parameters."""
     tensors = load_file(folder / OPTIMIZER)
-    parameters = dict(student.named_parameters())
+    parameters = {name: value for name, value in student.named_parameters() if value.requires_grad}
     keys = ("exp_avg", "exp_avg_sq", "step")
     names = {f"{name}|{key}" for name in parameters for key in keys}
     if tensors and tensors.keys() != names:

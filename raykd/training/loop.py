@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from safetensors.torch import save_file
@@ -22,6 +23,8 @@ from raykd.losses.combine import combine, loss_counts
 from raykd.losses.context import LossContext
 from raykd.training.feed import Feed
 from raykd.training.head_metrics import head_metrics, read_heads
+from raykd.training.int8 import smooth_student
+from raykd.training.loss_needs import tell_idle
 from raykd.training.meters import Sums, add_report, mean_losses, to_host
 from raykd.training.reference import with_reference
 from raykd.training.rollouts import KeptRollouts, RolloutRows
@@ -59,12 +62,14 @@ def fit(
     `max_skipped_steps` skipped steps in a row.
     """
     progress, limit = trainer.progress, trainer.config.train.max_steps
+    first, supervised = progress.step, set[str]()
     stopped = False
     while limit is None or progress.step < limit:
         rows = feed.next_step()  # blocks while the teacher is slower
         sampled = rollouts.rows(rows.table, progress.step) if rollouts else RolloutRows([], {})
         batches = _judged(trainer, rows.batches) + sampled.batches
         losses = trainer.losses_now()
+        trainer.quantize_now()
         measured = trainer.loss_state.measure(batches, losses)
         counted = count_tokens(batches, losses, trainer.context)
         agreed = trainer.ranks.sum(rows.numbers | sampled.numbers | {"stop": stop()} | counted | measured)
@@ -72,14 +77,20 @@ def fit(
         if stopped or not agreed["sequences"]:
             break
         before_step(progress.step + 1)
+        smooth_student(trainer, batches or [feed.idle_batch()])
         trainer.loss_state = trainer.loss_state.updated(agreed, losses)
         step(trainer, batches or [feed.idle_batch()], agreed, losses)
         trainer.recent.append(rows.uid)
         trainer.meters.add_numbers(agreed)
         progress.sequences += int(agreed["sequences"])
         progress.response_tokens += int(agreed["response_tokens"])
+        supervised |= {term for term in losses.terms if agreed[term]}
+        if progress.step == trainer.config.train.log_every:
+            _tell_idle(trainer, supervised, progress.step - first)
         _once_in_a_while(trainer, feed, log, at_end=False)
     _tell_missing(trainer, feed)
+    if progress.step != trainer.config.train.log_every:
+        _tell_idle(trainer, supervised, progress.step - first)
     if stopped:  # whoever stops a run wants it to be quick
         trainer.save()
     else:
@@ -93,6 +104,12 @@ def _tell_missing(trainer: Trainer, feed: Feed) -> None:
     for loss, reasons in describe_missing(feed.missing).items():
         if trainer.ranks.rank == 0:
             logger.info("%s found no target in some of %d samples: %s", loss, total, "; ".join(reasons))
+
+
+def _tell_idle(trainer: Trainer, supervised: set[str], num_steps: int) -> None:
+    """Say at the first log entry and at the end which losses nothing was for, over all ranks."""
+    if trainer.ranks.rank == 0 and num_steps:
+        tell_idle(trainer.config.loss, supervised, num_steps)
 
 
 def step(trainer: Trainer, batches: list[Batch], counts: Mapping[str, Tensor], losses: LossConfig) -> None:
@@ -135,7 +152,7 @@ def count_tokens(batches: list[Batch], losses: LossConfig, context: LossContext)
 
 def _judged(trainer: Trainer, batches: list[Batch]) -> list[Batch]:
     """The batches with what the frozen student thinks of the pairs in them."""
-    return batches if trainer.reference is None else with_reference(trainer.reference, batches, trainer.autocast())
+    return with_reference(trainer.reference, batches, trainer.autocast()) if trainer.reference is not None else batches
 
 
 def _on_device(trainer: Trainer, counts: Mapping[str, Tensor], losses: LossConfig) -> dict[str, Tensor]:
@@ -157,6 +174,11 @@ def _forward(
     batch = batch.to(trainer.device)
     with trainer.autocast():
         output = model(batch.input_ids, batch.decision_index, batch.end_index, latent_width)
+        if "self_kd" in losses.weights:
+            assert trainer.reference is not None, "self_kd without the frozen student"
+            with torch.no_grad():
+                reference = trainer.reference(batch.input_ids, latent_width=latent_width).hidden
+            output = replace(output, reference_hidden=reference)
         return combine(batch, output, trainer.head, losses, counts, context)
 
 

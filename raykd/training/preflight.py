@@ -24,9 +24,11 @@ from raykd.data.offline_stream import offline_files
 from raykd.data.prompt_rows import load_tokenizer
 from raykd.data.readers import find_files
 from raykd.losses.intermediate import layer_pairs
-from raykd.student.model import count_parameters, student_config
+from raykd.student.model import count_parameters, on_meta, student_config
+from raykd.student.quantization import Int8Linear, prepare_int8
 from raykd.student.tokenizer import rows_needed
-from raykd.training.reference import has_pairs
+from raykd.training.reference import needs_reference
+from raykd.training.sizing import BYTES_PER_TRAINED_PARAMETER, activation_bytes, by_cluster
 from raykd.vocabulary import backend_of, compare_vocabularies, student_tokenizer, token_id
 from teacher_serving.connect import resolve_device
 from teacher_serving.identity import (
@@ -39,7 +41,6 @@ from teacher_serving.identity import (
 from teacher_serving.types import TeacherInfo
 
 BYTES_PER_CHECKPOINT_PARAMETER = 12  # float32 weights and two Adam moments
-BYTES_PER_TRAINED_PARAMETER = 16  # the same and the gradient
 
 
 class PreflightError(ValueError):
@@ -71,7 +72,10 @@ class Resources:
 
 
 def check(config: Config) -> Plan:
-    """Check the config against the files it names; load nothing. Errors: PreflightError, DataError, those of `describe`."""
+    """Check the config against the files it names, wherever it is to run; load nothing.
+
+    Errors: PreflightError, DataError, those of `describe` and `prepare_int8`.
+    """
     offline_files(config)
     for key in ("prompts", "held_out") if config.data.prompts else ():
         path = getattr(config.data, key)
@@ -83,6 +87,7 @@ def check(config: Config) -> Plan:
     architecture.vocab_size = _check_vocabulary(config, tokenizer, architecture.vocab_size)
     _check_end_of_turn(config, tokenizer, teacher)
     _check_layers(config, architecture.num_hidden_layers)
+    _check_int8(config, architecture)
     max_positions = _max_positions(architecture, teacher.max_model_len)
     if max_positions < teacher.max_model_len:
         raise PreflightError(
@@ -96,7 +101,6 @@ def check(config: Config) -> Plan:
         student_vocabulary=vocabulary_fingerprint(backend_of(tokenizer)),
         activations_per_token=_activations_per_token(config, architecture),
     )
-    _check_disk(config, plan)
     return plan
 
 
@@ -183,12 +187,31 @@ def _check_layers(config: Config, num_student_layers: int) -> None:
         )
 
 
-def _check_disk(config: Config, plan: Plan) -> None:
+def _check_int8(config: Config, architecture: PretrainedConfig) -> None:
+    """In stage qat: the policy fits the student. Errors: those of `prepare_int8`."""
+    if config.stage != "qat":
+        return
+    model = on_meta(architecture)
+    names = prepare_int8(model, config.quantization)
+    if isinstance(model.get_output_embeddings(), Int8Linear):
+        raise PreflightError(
+            f"quantization.ignore={list(config.quantization.ignore)} leaves the LM head {names[-1]!r} to be quantised: the "
+            'losses read its weight in float; add "lm_head"'
+        )
+
+
+def _disk(config: Config, plan: Plan) -> tuple[Path, int, int]:
+    """Where checkpoints go, bytes free there, and bytes that those kept and one more need."""
     folder = Path(config.run.dir)
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
     needed = plan.num_student_parameters * BYTES_PER_CHECKPOINT_PARAMETER * (config.train.keep_checkpoints + 1)
+    return folder, shutil.disk_usage(folder).free, needed
+
+
+def check_disk(config: Config, plan: Plan) -> None:
+    """There is room for the checkpoints. Errors: PreflightError."""
+    folder, free, needed = _disk(config, plan)
     if free < needed:
         raise PreflightError(
             f"{folder} has {free / 2**30:.1f} GiB free; {config.train.keep_checkpoints} checkpoints and one more need "
@@ -242,6 +265,10 @@ def print_summary(
         Panel(_arithmetic(config, plan, numbers), title="the run in numbers"),
         Panel(_resources(config, cluster), title="resources"),
     ]
+    if numbers is None:  # only planned
+        reference = plan.num_student_parameters * torch.float32.itemsize * needs_reference(config)
+        sizes = by_cluster(config, plan.num_student_parameters, plan.activations_per_token, reference)
+        parts.append(Panel(sizes, title="on GPUs"))
     Console().print(Group(*parts))
 
 
@@ -273,7 +300,6 @@ def _mixture(config: Config, numbers: Mapping[str, int] | None) -> Iterator[tupl
 def _arithmetic(config: Config, plan: Plan, numbers: Mapping[str, int] | None) -> Table:
     train = config.train
     parameters = plan.num_student_parameters
-    activation = torch.bfloat16.itemsize if train.precision == "bfloat16" else torch.float32.itemsize
     table = Table(box=None, show_header=False)
     for name, text in _mixture(config, numbers):
         table.add_row(name, text)
@@ -292,11 +318,15 @@ def _arithmetic(config: Config, plan: Plan, numbers: Mapping[str, int] | None) -
     table.add_row(
         "memory of a worker",
         f"{_mib(parameters * BYTES_PER_TRAINED_PARAMETER)} weights, gradients and Adam moments (float32), "
-        f"about {_mib(train.max_tokens_per_micro_batch * activation * plan.activations_per_token)} activations",
+        f"about {_mib(activation_bytes(config, plan.activations_per_token))} activations",
     )
-    if has_pairs(config):
-        table.add_row("reference of pairs", f"{_mib(parameters * torch.float32.itemsize)} more on every worker")
-    table.add_row("one checkpoint", _mib(parameters * BYTES_PER_CHECKPOINT_PARAMETER))
+    if needs_reference(config):
+        table.add_row("student as it began", f"{_mib(parameters * torch.float32.itemsize)} more on every worker")
+    folder, free, needed = _disk(config, plan)
+    table.add_row(
+        "checkpoints",
+        f"{_mib(parameters * BYTES_PER_CHECKPOINT_PARAMETER)} each, at most {_mib(needed)}; {_mib(free)} free in {folder}",
+    )
     teacher, top_k = plan.teacher, config.teacher.top_k
     token_bytes = 6 * top_k + 12 + state_bytes_per_token(config.teacher)
     if not config.data.prompts:

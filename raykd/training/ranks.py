@@ -45,6 +45,13 @@ class Ranks:
             dist.all_reduce(total, group=self.group)
         return dict(zip(names, total.unbind(), strict=True))
 
+    def max(self, values: Tensor) -> Tensor:
+        """The largest over all ranks, element by element, in float32 and on the device of `values`."""
+        largest = values.float().cpu()
+        if self.group is not None:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
+        return largest.to(values.device)
+
     def gather(self, value: Any) -> list[Any]:
         """Everybody's value in the order of the ranks, on rank 0; an empty list on the others."""
         if self.group is None:

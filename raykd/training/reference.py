@@ -1,4 +1,4 @@
-"""What the student thought of the responses of a pair when the run began: the reference of the preference between them.
+"""The student as the run began, frozen: what preferences between two responses, and self_kd, compare with.
 
 In:  the frozen student (deterministic in config and seed, so that a resumed run makes the same), the batches of a step on
      the host. Out: these batches, with the log-probability of every response that is in a pair.
@@ -24,8 +24,13 @@ from raykd.student.model import Student
 from raykd.types import Batch
 
 
+def needs_reference(config: Config) -> bool:
+    """Whether a loss compares with the student as the run began: then every worker holds a second, frozen one."""
+    return has_pairs(config) or "self_kd" in config.loss.weights
+
+
 def has_pairs(config: Config) -> bool:
-    """Whether pairs of responses may be compared: then every worker holds a second, frozen student."""
+    """Whether pairs of responses may be compared."""
     return "code_mode_preference" in config.loss.weights and bool(config.data.offline)
 
 

@@ -24,6 +24,7 @@ from raykd.losses.context import Head, LossContext
 from raykd.student.heads import make_heads, projections_of
 from raykd.student.latent import LatentSpans
 from raykd.student.model import Student, load_student
+from raykd.student.quantization import prepare_int8, set_quantized
 from raykd.training.checkpoint import (
     STUDENT,
     Snapshot,
@@ -35,13 +36,15 @@ from raykd.training.checkpoint import (
     restore_heads,
     restore_optimizer,
     save_checkpoint,
+    take_over_heads,
     verify,
 )
 from raykd.training.loss_state import LossState, run_losses
 from raykd.training.meters import Meters
 from raykd.training.ranks import Ranks
-from raykd.training.reference import has_pairs
+from raykd.training.reference import needs_reference
 from raykd.training.rng import restore_rng, rng_state, seed_everything
+from raykd.training.stages import HEAD_LOSSES, handed_over, heads_in
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +74,7 @@ class Trainer:
     student: Student
     model: nn.Module  # the student itself, or DDP around it
     optimizer: torch.optim.Optimizer
-    reference: Student | None = None  # the student as the run began, frozen: where there may be pairs of responses
+    reference: Student | None = None  # the student as the run began, frozen and in float, where a loss compares with it
     context: LossContext = field(default_factory=LossContext)
     loss_state: LossState = field(default_factory=LossState)
     progress: Progress = field(default_factory=Progress)
@@ -91,6 +94,11 @@ class Trainer:
     def context_now(self) -> LossContext:
         """The context with the scale of the teacher's layers as measured so far."""
         return replace(self.context, rms=self.loss_state.rms().to(self.device)) if self.context.layer_pairs else self.context
+
+    def quantize_now(self) -> None:
+        """In stage qat: int8 arithmetic from `quantization.start_step` on."""
+        if self.config.stage == "qat":
+            set_quantized(self.student.model, self.progress.step >= self.config.quantization.start_step)
 
     def autocast(self) -> torch.autocast:
         """Precision of the forward pass."""
@@ -142,7 +150,8 @@ def make_trainer(
     context: LossContext | None = None,
     projections: Mapping[int, tuple[int, int]] | None = None,
 ) -> Trainer:
-    """A trainer at the run's newest checkpoint, or at its beginning. Collective.
+    """A trainer at the run's newest checkpoint, or at its beginning: at the end of the stage before, if there is one.
+    Collective.
 
     `num_steps` is the length of the whole run. `context` is what the losses know beside batch and config, and `projections`
     (student layer -> width in, width out) names the layers that need one into the teacher's width. Errors:
@@ -159,13 +168,16 @@ def make_trainer(
     context = context or LossContext()
     student.layers = tuple(context.layer_pairs)
     student.detach_self_evaluation = config.loss.self_evaluation_detach
-    student.heads = make_heads(student.hidden_size, config.loss.weights, projections, seed=config.run.seed)
-    if checkpoint is not None:
-        restore_heads(checkpoint, student)
+    _give_heads(student, config, checkpoint, projections)
+    if config.stage == "qat":
+        prepare_int8(student.model, config.quantization)
     student.to(device)
     if config.train.gradient_checkpointing:
         student.model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = make_optimizer(student, config.train)
+    reference = None
+    if needs_reference(config):
+        reference = _load(config, config.student).eval().requires_grad_(False).to(device)
     trainer = Trainer(
         config=config,
         run_folder=run_folder,
@@ -176,18 +188,37 @@ def make_trainer(
         student=student,
         model=student if ranks.world_size == 1 else _replicated(student, device),
         optimizer=optimizer,
-        reference=_load(config, config.student).eval().requires_grad_(False).to(device) if has_pairs(config) else None,
+        reference=reference,
         context=replace(
             context,
             projections=projections_of(student.heads),
             opening_ids=context.opening_ids.to(device),
             teacher_top=context.teacher_top and context.teacher_top.to(device),
+            reference_head=reference and Head(reference.head_weight, reference.head_bias),
         ),
         loss_state=LossState(layer_squares=(0.0,) * context.num_teacher_layers),
     )
     if checkpoint is not None:
         _restore(trainer, checkpoint)
     return trainer
+
+
+def _give_heads(
+    student: Student, config: Config, checkpoint: Path | None, projections: Mapping[int, tuple[int, int]] | None
+) -> None:
+    """The heads of the active losses, and those of the stage before that no loss trains any more: they stay as they are."""
+    before = handed_over(config)
+    kept = heads_in(checkpoint or before)
+    losses = config.loss.weights
+    untrained = {head for head in kept if not losses.keys() & set(HEAD_LOSSES[head])}
+    wanted = losses | {HEAD_LOSSES[head][0]: 0.0 for head in untrained}
+    student.heads = make_heads(student.hidden_size, wanted, projections, seed=config.run.seed)
+    if checkpoint is not None:
+        restore_heads(checkpoint, student)
+    elif before is not None:
+        take_over_heads(before, student, kept)
+    for head in untrained:
+        student.heads[head].requires_grad_(False)
 
 
 def _load(config: Config, student_config: StudentConfig) -> Student:

@@ -10,7 +10,7 @@ import pytest
 
 from raykd.cli import load_config
 from raykd.config import Config
-from raykd.training.preflight import check, check_resources, num_steps, print_summary
+from raykd.training.preflight import check, check_disk, check_resources, num_steps, print_summary
 from raykd.vocabulary import student_tokenizer
 
 
@@ -243,8 +243,9 @@ def test_collecting_needs_no_room_for_train_workers(base: list[str]):
 def test_too_little_disk_is_refused(base: list[str], monkeypatch: pytest.MonkeyPatch):
     nearly_full = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: nearly_full)
+    plan = check(configured(base))
     with pytest.raises(ValueError, match="GiB free"):
-        check(configured(base))
+        check_disk(configured(base), plan)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def save_student(path: Path) -> None:
 
 
 def make_config(student_path: Path, **sections) -> Config:
-    """Config of a small run; keyword arguments `train`, `loss`, `student` are merged in."""
+    """Config of a small run; keyword arguments such as `train`, `loss`, `student` are merged in."""
     values: dict = {
         "teacher": {"kind": "hf", "model": str(student_path)},
         "student": {"model": str(student_path)},
@@ -58,7 +58,7 @@ def make_config(student_path: Path, **sections) -> Config:
         "train": {"sequences_per_step": 8, "learning_rate": 1e-2, "log_every": 1, "weight_decay": 0.1},
     }
     for name, section in sections.items():
-        values[name] = values.get(name, {}) | section
+        values[name] = values.get(name, {}) | section if isinstance(section, dict) else section
     return Config.model_validate(values)
 
 
@@ -88,6 +88,7 @@ def make_rows(num_rows: int, *, seed: int = 0, held_out: bool = False, lengths: 
                 "num_calls": 0,
                 "num_truncated_calls": 0,
                 "pair": 0,
+                "caws_tier": 0,
                 "num_teacher_layers": 0,
                 "missing": "" if row % 2 else "tool_choice:few_tools copy_mass:no_tool_result",
                 "tool_name_weight": 1.0,

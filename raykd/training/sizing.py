@@ -1,0 +1,91 @@
+"""What a run needs of GPUs, by arithmetic alone: for the clusters of `--plan` that nobody has at hand.
+
+In:  Config, parameters of teacher and student. Out: for 1, 8 and 64 GPUs how the run would be laid out, and GiB per GPU.
+
+Workers hold weights, gradients, Adam's moments (float32) and the activations of a micro-batch; teachers their weights, and
+as KV cache what is left of `gpu_memory_utilization`. Loss chunks, allocator and CUDA context come on top: leave a tenth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from rich.table import Table
+from transformers import AutoConfig
+
+from raykd.config import Config
+from raykd.student.model import count_parameters
+from teacher_serving.config import VllmTeacherConfig
+
+CLUSTERS = (1, 8, 64)
+BYTES_PER_TRAINED_PARAMETER = 16  # float32 weights, gradients and two Adam moments
+GPU_SIZES = (24, 48, 80, 141)  # GB of common ones
+USABLE = 0.9
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a number of GPUs is shared out; `workers` 0: too few of them."""
+
+    num_gpus: int
+    workers: int
+    teachers: int  # replicas
+    gpus_per_teacher: int
+
+
+def layout(config: Config, num_gpus: int) -> Layout:
+    """Workers and teachers in the ratio of the config, on so many GPUs. Without prompts there are no teachers."""
+    each = config.teacher.tensor_parallel_size if isinstance(config.teacher, VllmTeacherConfig) else 1
+    wanted = config.teacher.num_replicas * each if config.data.prompts else 0
+    share = wanted / (wanted + config.train.num_workers)
+    teachers = max(1, int(num_gpus * share) // each) if wanted else 0
+    return Layout(num_gpus, max(0, num_gpus - teachers * each), teachers, each)
+
+
+def worker_bytes(config: Config, num_parameters: int, activations_per_token: int) -> float:
+    """Memory of a train worker, all of the student on it."""
+    return num_parameters * BYTES_PER_TRAINED_PARAMETER + activation_bytes(config, activations_per_token)
+
+
+def activation_bytes(config: Config, activations_per_token: int) -> float:
+    """What a micro-batch keeps for its backward pass."""
+    dtype = torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
+    return config.train.max_tokens_per_micro_batch * activations_per_token * dtype.itemsize
+
+
+def teacher_bytes(config: Config, gpus_per_teacher: int) -> float:
+    """Memory of the teacher's weights on one of its GPUs."""
+    architecture = AutoConfig.from_pretrained(config.teacher.model)
+    dtype = architecture.dtype if config.teacher.dtype == "auto" else getattr(torch, config.teacher.dtype)
+    itemsize = dtype.itemsize if isinstance(dtype, torch.dtype) else torch.bfloat16.itemsize
+    return count_parameters(architecture) * itemsize / gpus_per_teacher
+
+
+def by_cluster(config: Config, num_parameters: int, activations_per_token: int, reference_bytes: float) -> Table:
+    """A row for every number of GPUs in CLUSTERS. `reference_bytes`: of a frozen second student, where a loss wants one."""
+    table = Table(box=None)
+    for column in ("GPUs", "workers", "teachers", "sequences a step", "GiB a worker", "GiB a teacher"):
+        table.add_column(column, justify="right")
+    needed = worker_bytes(config, num_parameters, activations_per_token) + reference_bytes
+    for num_gpus in CLUSTERS:
+        plan = layout(config, num_gpus)
+        if not plan.workers:
+            table.add_row(str(num_gpus), *"–––", f"needs {plan.gpus_per_teacher + 1} GPUs")
+            continue
+        of_teacher = teacher_bytes(config, plan.gpus_per_teacher) if plan.teachers else 0.0
+        table.add_row(
+            str(num_gpus),
+            str(plan.workers),
+            f"{plan.teachers} x {plan.gpus_per_teacher}",
+            f"{config.train.sequences_per_step / plan.workers:.3g}",
+            f"{needed / 2**30:.1f} ({_smallest(needed)})",
+            f"{of_teacher / 2**30:.1f} + KV cache" if plan.teachers else "–",
+        )
+    return table
+
+
+def _smallest(num_bytes: float) -> str:
+    """The smallest common GPU that holds so much."""
+    fitting = [size for size in GPU_SIZES if num_bytes <= USABLE * size * 1e9]
+    return f"{fitting[0]} GB" if fitting else f"more than {GPU_SIZES[-1]} GB: does not fit one GPU"
