@@ -208,7 +208,7 @@ def _give_heads(
 ) -> None:
     """The heads of the active losses, and those of the stage before that no loss trains any more: they stay as they are."""
     before = handed_over(config)
-    kept = heads_in(checkpoint or before)
+    kept = heads_in(before)
     losses = config.loss.weights
     untrained = {head for head in kept if not losses.keys() & set(HEAD_LOSSES[head])}
     wanted = losses | {HEAD_LOSSES[head][0]: 0.0 for head in untrained}
