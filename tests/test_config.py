@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from pydantic import BaseModel
 
-from raykd.cli import ConfigError, load_config, load_configs, open_run, parse, parse_words
+from raykd.cli import ConfigError, _members, load_config, load_configs, open_run, parse, parse_words
 from raykd.config import Config
+from raykd.loss_config import LOSSES
+
+ROOT = Path(__file__).parents[1]
 
 MINIMAL = {
     "teacher": {"kind": "hf", "model": "teacher"},
@@ -242,3 +249,85 @@ def test_init_from_is_written_as_it_is_read(tmp_path: Path, minimal: str):
 def test_steps_is_short_for_max_steps(minimal: str):
     words, _ = parse_words(["--config", minimal, "--steps", "7"], "test", steps=True)
     assert load_config(*words).train.max_steps == 7
+
+
+def options(model: type[BaseModel]) -> Iterator[tuple[type[BaseModel], str]]:
+    """Every option of a section and of the sections in it, with the class that has it."""
+    for name, field in model.model_fields.items():
+        inner = _members(field.rebuild_annotation())
+        if not inner:
+            yield model, name
+        for section in inner:
+            yield from options(section)
+
+
+def test_every_option_is_read_by_something_beside_the_configuration():
+    """An option that nothing reads would be accepted and change nothing."""
+    folders = (ROOT / folder for folder in ("raykd", "teacher_serving"))
+    sources = [path for folder in folders for path in folder.rglob("*.py") if not path.stem.endswith("config")]
+    text = "\n".join(path.read_text() for path in sources)
+    losses = set(LOSSES) | {"kind"}  # by getattr over LOSSES; what tells teachers apart
+    unread = {
+        f"{section.__name__}.{name}"
+        for section, name in options(Config)
+        if name not in losses and not re.search(rf"\.{re.escape(name)}\b", text)
+    }
+    assert unread <= OF_CONFIG_ALONE
+
+
+OF_CONFIG_ALONE = {
+    # applied where weights are put together, in raykd/loss_config.py
+    "LossConfig.process_share",
+    "LossConfig.code_mode_positive_weight",
+    "LossConfig.code_mode_negative_weight",
+    "LossConfig.early_tool_ce_weight",
+    "LossConfig.early_tool_prior_weight",
+    # behind properties of teacher_serving/config.py: num_threads, gpus_per_actor
+    "HfTeacherConfig.threads",
+    "HfTeacherConfig.num_gpus",
+    "VllmTeacherConfig.threads",
+    "VllmTeacherConfig.num_gpus",
+}
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_key_of_a_shipped_file_acts(file: Path, tmp_path: Path):
+    """With another value of any key the config is another one, or is refused."""
+    base = [ROOT / "configs" / "qwen3_8b_to_0.6b.yaml"] if file.stem in STAGE_FILES else []
+    base += [ROOT / "configs" / "demo.yaml"] if file.stem == "demo_all" else []
+    beside = ["teacher.model=t", "student.model=s"] if file.stem == "kd_recipe" else []
+    whole = yaml.safe_load(file.read_text())
+    included = [str(file.parent / name) for name in whole.pop("include", [])]
+    before = load_configs([*base, *included, write(tmp_path / "whole.yaml", whole)], beside)
+    for path in key_paths(whole):
+        changed = copy.deepcopy(whole)
+        *parents, last = path
+        section = changed
+        for part in parents:
+            section = section[part]
+        section[last] = other_than(section[last])
+        try:
+            after = load_configs([*base, *included, write(tmp_path / "changed.yaml", changed)], beside)
+        except ConfigError:
+            continue
+        assert after != before, f"{file.name}: {path} changes nothing"
+
+
+STAGE_FILES = ("process_supervision", "answer_generation", "quant_qat_int8")
+
+
+def other_than(value: Any) -> Any:
+    """Another value of the same type, as far as there is one."""
+    if isinstance(value, bool) or value is None:
+        return not value
+    if isinstance(value, int | float):
+        return value / 2 or 0.5 if isinstance(value, float) else value + 1
+    return value[:-1] or "x"
+
+
+def key_paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Paths to all leaves of nested mappings and lists of mappings."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        leaf = not isinstance(inner, dict) and not (isinstance(inner, list) and inner and isinstance(inner[0], dict))
+        yield from [(*path, key)] if leaf else key_paths(inner, (*path, key))

@@ -12,7 +12,7 @@ import pytest
 
 from raykd.cli import load_configs
 from raykd.config import Config
-from raykd.demo import corpus, offline
+from raykd.demo import answers, corpus, offline
 from raykd.tracing import read_metrics
 from raykd.train import main
 from raykd.training.checkpoint import latest_checkpoint, read_state
@@ -70,30 +70,28 @@ def test_a_shipped_config_is_a_sound_plan_for_what_it_names(file, world, monkeyp
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> Path:
-    """A few rows of the demo world, as scripts/demo.sh makes many."""
-    folder = tmp_path_factory.mktemp("rows")
-    corpus.main(["--out", str(folder), "--train", "12", "--held-out", "2", "--answers", "2"])
-    offline.main(["--out", str(folder / "offline.jsonl"), "--rows", "12"])
-    return folder
+def demo_world(world) -> Path:
+    """The same with a few rows of the demo world where scripts/demo_rows.sh makes many."""
+    rows = world / "runs" / "demo-prompts"
+    corpus.main(["--out", str(rows), "--train", "12", "--held-out", "2"])
+    offline.main(["--out", str(rows / "offline.jsonl"), "--rows", "12"])
+    answers.main(["--out", str(rows / "answers.jsonl"), "--answers", "12"])
+    answers.main(["--out", str(rows / "held_out_answers.jsonl"), "--answers", "2", "--split", "held_out"])
+    return world
 
 
-@pytest.mark.ray
-@pytest.mark.vllm
-@pytest.mark.slow
-@pytest.mark.parametrize("files", [["demo.yaml"], ["demo.yaml", "demo_all.yaml"]], ids=["demo", "demo_all"])
-def test_the_demos_train_as_they_are_shipped(files, rows, tmp_path, monkeypatch, ray_cluster):
-    monkeypatch.chdir(ROOT)
-    options = [f"run.dir={tmp_path}", f"data.prompts={rows}/train.jsonl", f"data.held_out={rows}/held_out.jsonl"]
-    options += ["train.max_steps=2", "train.log_every=1", "tracking.tensorboard=false", "tracking.progress_bar=false"]
-    options += ["teacher.max_num_seqs=8", "teacher.batch_size=6", "teacher.concurrent_batches=1"]
-    options += ["teacher.sampling.max_tokens=40"]
-    if "demo_all.yaml" in files:
-        options += [f"data.offline=[{{path: {rows}/offline.jsonl, weight: 0.5}}]", "rollouts.max_tokens=16"]
-    words = [str(ROOT / "configs" / file) for file in files] + options
-    (config,) = load_configs(words[: len(files)], options)
-    assert main(["--config", *words]) == 0
-    run = tmp_path / config.run.name
+def train(files: list[str], *options: str) -> tuple[int, list[Config]]:
+    """Two steps of what the files describe, through the command; its exit code, and the configs."""
+    small = ["train.max_steps=2", "train.log_every=1", "tracking.tensorboard=false", "tracking.progress_bar=false"]
+    small += ["teacher.max_num_seqs=8", "teacher.batch_size=6", "teacher.concurrent_batches=1"]
+    small += ["teacher.sampling.max_tokens=40", *options]
+    paths = [str(ROOT / "configs" / file) for file in files]
+    return main(["--config", *paths, *small]), load_configs(paths, small)
+
+
+def check_run(config: Config) -> None:
+    """The run made two steps, with kd or self_kd and every other loss in the logs."""
+    run = Path(config.run.dir) / config.run.name
     checkpoint = latest_checkpoint(run)
     assert checkpoint is not None
     assert read_state(checkpoint)["step"] == 2
@@ -101,3 +99,39 @@ def test_the_demos_train_as_they_are_shipped(files, rows, tmp_path, monkeypatch,
     assert [entry["step"] for entry in entries] == [1, 2]
     assert all(math.isfinite(entry["loss/total"]) and entry["count/kd"] > 0 for entry in entries)
     assert {name for name in entries[0] if name.startswith("count/")} == {f"count/{term}" for term in config.loss.terms}
+
+
+@pytest.mark.ray
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_the_demo_trains_with_every_loss_on_as_it_is_shipped(demo_world, monkeypatch, ray_cluster):
+    monkeypatch.chdir(demo_world)
+    code, (config,) = train(["demo.yaml", "demo_all.yaml"], "rollouts.max_tokens=16")
+    assert code == 0
+    check_run(config)
+
+
+@pytest.mark.ray
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_the_pipeline_trains_its_four_stages_and_goes_on_where_it_stopped(demo_world, monkeypatch, ray_cluster, caplog):
+    monkeypatch.chdir(demo_world)
+    code, configs = train(["pipeline.yaml"])
+    assert code == 0
+    assert [config.stage for config in configs] == ["kd", "process", "answer", "qat"]
+    for config in configs:
+        check_run(config)
+    shutil.rmtree(Path(configs[-1].run.dir) / configs[-1].run.name)
+    kept = {config.run.name: finished(config) for config in configs[:3]}
+    caplog.clear()
+    assert train(["pipeline.yaml"])[0] == 0
+    assert [record.message for record in caplog.records if "is done" in record.message] == [
+        f"stage {number} of 4, {name}, is done" for number, name in enumerate(kept, 1)
+    ]
+    assert {config.run.name: finished(config) for config in configs[:3]} == kept
+    check_run(configs[-1])
+
+
+def finished(config: Config) -> str:
+    """What a stage says of itself at its end."""
+    return (Path(config.run.dir) / config.run.name / "manifest.json").read_text()
