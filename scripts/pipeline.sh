@@ -21,7 +21,7 @@ export_once "$runs-answer" "$runs-export/float" --format float32 --check
 export_once "$runs-answer" "$runs-export/int8-post-training" --format int8 --check
 export_once "$runs-qat" "$runs-export/int8" --check
 
+# "student" is the INT8 student of the last stage; the table has the teacher first.
 $python -m raykd.evaluate --config "$runs-qat/config.yaml" --models \
-    "int8=$runs-export/int8" "int8-post-training=$runs-export/int8-post-training" "float=$runs-export/float" \
-    "process=$runs-process" "kd=$runs-kd"
+    "int8-post-training=$runs-export/int8-post-training" "float=$runs-answer" "process=$runs-process" "kd=$runs-kd"
 echo "The pipeline took $((($(date +%s) - started) / 60)) min $((($(date +%s) - started) % 60)) s. Report: $runs-qat/report/report.html"

@@ -63,7 +63,7 @@ def evaluate(config: Config, models: Mapping[str, ModelFiles], folder: Path) -> 
     """Judge the teacher, `models` by name, and the untrained student; save results.json and completions.jsonl to `folder`.
 
     Needs a Ray cluster. In `folder` and for as long as it takes, the untrained student is made again from config.student and
-    run.seed, and students of stage qat become the INT8 models that they were trained as.
+    run.seed (not where the run goes on from another), and students of stage qat become the INT8 models they were trained as.
     """
     info = describe(config.teacher)
     for name, files in models.items():
@@ -74,7 +74,7 @@ def evaluate(config: Config, models: Mapping[str, ModelFiles], folder: Path) -> 
     try:
         made = _make(config, models, folder / MADE)
         judged, teacher_rows = _judge_teacher(config, info, prompts, made)
-        ready = {name: _get(made[name]) if name in made else models[name] for name in (*models, UNTRAINED)}
+        ready = {name: _get(made[name]) if name in made else models[name] for name in {**models, **made}}
         for name, files in ready.items():
             answers, _, speed = write(config, files.folder, name, info, prompts, keep_scores=False)
             judged[name] = _judge(config, files.folder, answers, speed, prompts, judged[TEACHER].texts)
@@ -126,7 +126,8 @@ def _make(config: Config, models: Mapping[str, ModelFiles], folder: Path) -> dic
         for name, files in models.items()
         if files.quantization is not None
     }
-    made[UNTRAINED] = _task(config, make_untrained).remote(config.student, config.run.seed, folder / UNTRAINED)
+    if config.init.from_ is None:  # else training began with a student of another run, which may be named
+        made[UNTRAINED] = _task(config, make_untrained).remote(config.student, config.run.seed, folder / UNTRAINED)
     return made
 
 

@@ -57,7 +57,7 @@ def check_serving(
     if is_int8(folder) and engine.dtype == "bfloat16" and float_folder is None:
         raise ServingError(f"{folder} in bfloat16: found no float twin to compare with, name its float_folder")
     report = compare(*_both(engine, sequences), int8_names(folder), engine.dtype)
-    if float_folder is None or engine.dtype == "float32":
+    if float_folder is None or engine.dtype == "float32" or not is_int8(folder):
         return report
     twin = engine.model_copy(update={"model": str(float_folder)})
     floor = compare(*_both(twin, sequences), [], engine.dtype)

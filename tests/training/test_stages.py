@@ -261,3 +261,15 @@ def test_smoothing_folds_once_before_the_first_step_alike_on_two_workers(student
         torch.testing.assert_close(together[name], value, atol=1e-4, rtol=1e-4, msg=name)
     again, _ = run(config, tmp_path / "qat", [])
     assert torch.equal(weights(again)[norm], weights(alone)[norm]), "a run that goes on is not folded again"
+
+
+def test_a_stage_in_int8_that_is_resumed_goes_on_bit_for_bit(student_path, tmp_path, kd):
+    config, _ = resolve(stage(student_path, tmp_path, "qat", "kd", loss={"self_kd": 1.0}, train={"checkpoint_every": 1}))
+    rows = make_rows(32, seed=9)
+    whole, _ = run(config, tmp_path / "whole", [rows])
+    asked = iter([False, False, True])
+    halfway, _ = run(config, tmp_path / "halves", [rows], stop=lambda: next(asked))
+    assert halfway.progress.step == 2
+    resumed, _ = run(config, tmp_path / "halves", [rows])
+    assert resumed.progress.step == whole.progress.step == 4
+    assert all(torch.equal(weights(resumed)[name], value) for name, value in weights(whole).items())
