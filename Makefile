@@ -49,3 +49,4 @@ bench: setup ## all benchmarks; figures in bench/*.json
 	@$(PYTHON) scripts/bench_head.py
 	@$(PYTHON) scripts/bench_teacher.py
 	@$(PYTHON) scripts/bench_pipeline.py
+	@$(PYTHON) scripts/bench_int8.py

@@ -36,6 +36,9 @@ PATH_KEYS = (
 )
 """Options that name files. Workers run in other folders, so relative paths that exist are made absolute once, here."""
 
+WRITTEN = ("run.dir", "data.teacher_cache", "init.from")
+"""Those of them that a run makes, or a run before it: made absolute also where nothing is there yet."""
+
 CHANGEABLE_ON_RESUME = (
     "ray.",
     "tracking.",
@@ -47,6 +50,9 @@ CHANGEABLE_ON_RESUME = (
     "train.max_failures",
     "train.max_skipped_steps",
     "teacher.num_replicas",
+    "tune.num_trials",
+    "tune.max_concurrent",
+    "tune.max_failures",
 )
 """Options (and prefixes of options) that do not change what is learned."""
 
@@ -73,7 +79,18 @@ def parse(argv: Sequence[str] | None, description: str, *flags: str) -> tuple[Co
     the file, the dotted path and the nearest valid name.
     """
     words, args = parse_words(argv, description, *flags)
-    return load_config(*words), args
+    config = load_config(*words)
+    refuse_sweep(config)
+    return config, args
+
+
+def refuse_sweep(config: Config) -> None:
+    """For every command but raykd.tune. Errors: ConfigError for a config with a `tune` section."""
+    if config.tune is not None:
+        raise ConfigError(
+            f"tune: a sweep over {', '.join(config.tune.space)} has no effect in this command; run it with raykd.tune, or "
+            "leave the file with the `tune` section out"
+        )
 
 
 def parse_words(
@@ -142,6 +159,16 @@ def load_configs(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> 
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"pipeline: two stages have the run.name {twice[0]!r}; give each a name of its own")
     return configs
+
+
+def with_values(config: Config, values: Mapping[str, Any]) -> Config:
+    """The config with other values at some dotted paths, validated anew. Errors: ConfigError."""
+    merged = config.model_dump()
+    for path, value in values.items():
+        for part in reversed(path.split(".")):
+            value = {part: value}
+        _merge(merged, value, {}, "")
+    return _validated(merged, {})
 
 
 def _merge_overrides(merged: dict[str, Any], overrides: Sequence[str], origins: dict[str, str]) -> None:
@@ -281,7 +308,7 @@ def _with_absolute_paths(config: Config) -> Config:
     for key in PATH_KEYS:
         section, name = key.split(".")
         value = values[section].get(name)
-        if value is not None and (key == "run.dir" or Path(value).exists()):
+        if value is not None and (key in WRITTEN or Path(value).exists()):
             values[section][name] = str(Path(value).absolute())
     for file in values["data"]["offline"]:
         if Path(file["path"]).exists():
@@ -309,17 +336,24 @@ def open_run(config: Config, *, resume: bool = False) -> Path:
             )
         folder.mkdir(parents=True, exist_ok=True)
     else:
-        if not saved.exists():
-            raise ConfigError(f"--resume: found no {saved}; start the run without --resume, or check run.dir and run.name")
-        differences = _differences(load_config([saved]), config)
-        if differences:
-            listed = "\n".join(f"  {key}: the run has {old!r}, now {new!r}" for key, (old, new) in differences.items())
-            raise ConfigError(f"{folder} was started with another config:\n{listed}\nUse its values or another run.name.")
+        check_same_run(config)
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     temporary = saved.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, saved)
     return folder
+
+
+def check_same_run(config: Config) -> None:
+    """The run folder holds a run with these options, as far as they change what is learned. Errors: ConfigError."""
+    folder = run_folder(config)
+    saved = folder / CONFIG_FILE
+    if not saved.exists():
+        raise ConfigError(f"--resume: found no {saved}; start the run without --resume, or check run.dir and run.name")
+    differences = _differences(load_config([saved]), config)
+    if differences:
+        listed = "\n".join(f"  {key}: the run has {old!r}, now {new!r}" for key, (old, new) in differences.items())
+        raise ConfigError(f"{folder} was started with another config:\n{listed}\nUse its values or another run.name.")
 
 
 def _differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

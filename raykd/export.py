@@ -5,8 +5,8 @@ Out: a Hugging Face folder that `vllm serve FOLDER` takes: weights, tokenizer an
      evaluation of the run, manifest.json with size and sha256 of every file. It is there as a whole or not at all.
 
 A checkpoint of stage qat becomes INT8 with the settings and the precision that it was trained with. A float one becomes what
-its config names, or with --format int8 is quantised as it is. --check serves the folder and hands it out only if it is
-served as trained.
+its config names, or with --format int8 is quantised as it is, in that precision too. --check serves the folder and hands it
+out only if it is served as trained.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def find_target(source: Source, folder: Path, form: str | None, overrides: dict[
     quantization = _quantization((trained.model_dump() if trained else {}) | overrides)
     if trained is not None and quantization != trained:
         logger.warning("the student was trained with %s: with other settings it is not served as trained", trained)
-    precision = source.config.train.precision if source.config is not None and source.is_int8 else saved
+    precision = source.config.train.precision if source.config is not None else saved  # what its float weights went through
     int8_layers(on_meta(AutoConfig.from_pretrained(source.model)), quantization)
     if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= BLACKWELL:
         logger.warning("vLLM has no INT8 kernels for the GPU of this machine (Blackwell): serve the folder elsewhere")

@@ -15,12 +15,24 @@ import contextlib
 import logging
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import ray
 
-from raykd.cli import CONFIG_FILE, connect_ray, exit_code, load_configs, open_run, parse_words, run_folder, start_ray
+from raykd.cli import (
+    CONFIG_FILE,
+    check_same_run,
+    connect_ray,
+    exit_code,
+    load_configs,
+    open_run,
+    parse_words,
+    refuse_sweep,
+    run_folder,
+    start_ray,
+)
 from raykd.config import Config
 from raykd.data.offline_stream import prepare_offline
 from raykd.data.sources import prepare_prompts
@@ -38,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. Errors: ValueError for what the user can mend."""
     words, args = parse_words(argv, __doc__ or "", "--plan", "--resume", steps=True)
     configs = load_configs(*words)
+    for config in configs:
+        refuse_sweep(config)
     if args.plan:
         for config in configs:
             plan_run(config)
@@ -54,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def is_finished(given: Config) -> bool:
     """Whether the run of a stage came to its end, and from the parent that it would have now."""
     config, parent = resolve(given)
-    folder = open_run(config, resume=True)  # refuses another config than the run has
-    manifest = read_manifest(folder)
+    check_same_run(config)
+    manifest = read_manifest(run_folder(config))
     identity = parent.identity if parent else None
     return manifest is not None and manifest.checkpoint is not None and manifest.parent == identity
 
@@ -89,16 +103,18 @@ def run_stage(given: Config, *, resume: bool) -> int:
     steps = num_steps(config, sum(rows.numbers.values()))
     print_summary(config, plan, numbers=rows.numbers, cluster=cluster)
 
-    with _stop_on_signals(folder) as received, _progress(config, folder, steps):
+    stopped = False
+    with stop_on_signals(folder) as received, _progress(config, folder, steps):
         for epoch in range(first_epoch, config.train.epochs):
             result = train_epoch(config, folder, rows, epoch=epoch, num_steps=steps, teacher=plan.teacher)
-            if result.stopped or result.step == config.train.max_steps:
+            stopped = result.stopped
+            if stopped or result.step == config.train.max_steps:
                 break
 
     checkpoint = latest_checkpoint(folder)
-    if received:
+    if received or stopped:  # by a signal, or by whoever put the stop file there
         logger.warning("stopped; --resume goes on from %s", checkpoint)
-        return 128 + received[0]
+        return 128 + (received or [signal.SIGTERM])[0]
     assert checkpoint is not None, "a run that ends leaves a checkpoint"
     finish_manifest(folder, checkpoint)
     logger.info("done: the student is in %s/student", checkpoint)
@@ -131,14 +147,17 @@ def _progress(config: Config, run_folder: Path, steps: int) -> contextlib.Abstra
 
 
 @contextlib.contextmanager
-def _stop_on_signals(run_folder: Path) -> Iterator[list[int]]:
+def stop_on_signals(run_folder: Path) -> Iterator[list[int]]:
     """Have the first SIGINT or SIGTERM ask the workers for a checkpoint and an end; the second acts as ever.
 
-    Yields the list of signals received.
+    Yields the list of signals received. Only the main thread hears signals: on another (a trial of a sweep) there are none.
     """
     stop_file = run_folder / STOP_FILE
     stop_file.unlink(missing_ok=True)
     received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
 
     def ask_to_stop(number: int, frame: object) -> None:
         received.append(number)

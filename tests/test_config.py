@@ -241,7 +241,7 @@ def test_a_file_includes_others_relative_to_itself(tmp_path: Path, minimal: str)
 
 def test_init_from_is_written_as_it_is_read(tmp_path: Path, minimal: str):
     config = load_config([minimal], ["init.from=somewhere"])
-    assert config.model_dump()["init"]["from"] == "somewhere"
+    assert config.model_dump()["init"]["from"] == str(Path("somewhere").absolute())
     with pytest.raises(ConfigError, match=r"init\.form: no such option; did you mean 'from'"):
         load_config([minimal], ["init.form=somewhere"])
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -21,41 +21,8 @@ from rich.table import Table
 
 from raykd.config import Config
 from raykd.evaluation.report import STYLE, svg_of
+from raykd.evaluation.sweep_records import TeacherPass, TrialRecord, best_trial, format_value
 from raykd.tune_config import TuneConfig
-
-State = Literal["done", "stopped", "failed", "unfinished"]
-
-
-@dataclass(frozen=True)
-class TrialRecord:
-    """One trial of a sweep, as its folder tells of it."""
-
-    number: int
-    settings: dict[str, Any]  # by path of the option
-    state: State = "unfinished"  # stopped: by the scheduler
-    message: str = ""  # why it failed
-    attempts: int = 0  # times that it was started
-    step: int = 0  # of the last value
-    value: float | None = None  # the metric as reported last; None: never, or it was no number
-    teacher_tokens: int = 0  # that the teacher wrote while this trial ran
-
-
-@dataclass(frozen=True)
-class TeacherPass:
-    """What the teacher did for the sweep before the trials began."""
-
-    rows: int  # prompts that it answered
-    tokens: int  # of these answers
-    cached_rows: int  # answers that were there before
-
-
-def best_trial(records: Sequence[TrialRecord], mode: str) -> TrialRecord | None:
-    """The best of the trials that ran to their end; of the stopped ones where none did; None without a value."""
-    for state in ("done", "stopped"):
-        valued = [(record.value, record) for record in records if record.state == state and record.value is not None]
-        if valued:
-            return (min if mode == "min" else max)(valued, key=lambda pair: pair[0])[1]
-    return None
 
 
 def importances(records: Sequence[TrialRecord]) -> dict[str, float]:
@@ -157,11 +124,6 @@ def table_rows(records: Sequence[TrialRecord], tune: TuneConfig) -> tuple[list[s
     return header, rows
 
 
-def format_value(value: Any) -> str:
-    """A setting as text."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def print_table(records: Sequence[TrialRecord], tune: TuneConfig) -> Table:
     """All trials, best first."""
     header, rows = table_rows(records, tune)
@@ -190,7 +152,7 @@ def draw_trials(records: Sequence[TrialRecord], tune: TuneConfig) -> Figure | No
     columns[tune.metric] = [record.value for record in valued]
     logarithmic = {path for path, distribution in tune.space.items() if "loguniform" in distribution}
     places = [_places(values, log=name in logarithmic) for name, values in columns.items()]
-    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         figure = Figure(figsize=(1.6 + 1.7 * len(columns), 3.8), layout="constrained")
         axes = figure.add_subplot()
         axes.spines[["left", "bottom"]].set_visible(False)

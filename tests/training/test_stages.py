@@ -11,10 +11,11 @@ import pytest
 import torch
 import yaml
 
-from raykd.cli import open_run
+from raykd.cli import ConfigError, open_run
 from raykd.config import Config
 from raykd.student.int8_arithmetic import weight_codes
 from raykd.student.quantization import Int8Linear
+from raykd.train import is_finished
 from raykd.training.checkpoint import CheckpointError, latest_checkpoint
 from raykd.training.stages import (
     HandoverError,
@@ -273,3 +274,17 @@ def test_a_stage_in_int8_that_is_resumed_goes_on_bit_for_bit(student_path, tmp_p
     resumed, _ = run(config, tmp_path / "halves", [rows])
     assert resumed.progress.step == whole.progress.step == 4
     assert all(torch.equal(weights(resumed)[name], value) for name, value in weights(whole).items())
+
+
+def test_a_finished_stage_is_left_alone_also_under_other_settings_of_what_is_shown(student_path, tmp_path):
+    given = stage(student_path, tmp_path, "kd")
+    folder, _ = make_run(given)
+    as_it_was = (folder / "config.yaml").read_text()
+    quiet = given.model_copy(update={"tracking": given.tracking.model_copy(update={"progress_bar": False})})
+    assert is_finished(quiet)
+    assert (folder / "config.yaml").read_text() == as_it_was
+    resolve(stage(student_path, tmp_path, "process", "kd"))
+    with pytest.raises(ConfigError, match=r"run\.seed: the run has 0, now 7"):
+        is_finished(stage(student_path, tmp_path, "kd").model_copy(update={"run": given.run.model_copy(update={"seed": 7})}))
+    forget_the_end(folder)
+    assert not is_finished(given)
