@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from raykd.loss_config import PROCESS_LOSSES, Fraction, LossConfig, Section
 from raykd.sample_config import CodeModeConfig, HaltConfig, LatentConfig, RolloutConfig
 from raykd.stage_config import InitConfig, QuantizationConfig, StageName
+from raykd.tune_config import TuneConfig
 from teacher_serving.config import TeacherConfig
 
 WITH_HEADS = frozenset({"halt", "halt_ponder", "self_evaluation", "intermediate_layer"})
@@ -257,6 +258,8 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     tracking: TrackingConfig = TrackingConfig()
     ray: RayConfig = RayConfig()
+    tune: TuneConfig | None = None
+    """A sweep over options of this run; for raykd.tune alone."""
 
     @model_validator(mode="after")
     def _check_stage(self) -> Self:

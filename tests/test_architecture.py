@@ -14,15 +14,18 @@ SOURCES = sorted(path for folder in ("raykd", "teacher_serving") for path in (RO
 
 ROWS = {  # lower rows may not import higher ones; row 2's rooms may not import one another, nor row 3's
     0: ("raykd/loss_config.py", "raykd/code_version.py"),
-    0.5: ("raykd/sample_config.py", "raykd/stage_config.py"),
+    0.5: ("raykd/sample_config.py", "raykd/stage_config.py", "raykd/tune_config.py"),
     1: ("raykd/types.py", "raykd/config.py", "raykd/vocabulary.py"),
     2: ("raykd/data/", "raykd/student/", "raykd/losses/", "raykd/tracing.py", "raykd/demo/", "raykd/cli.py"),
     3: ("raykd/training/", "raykd/evaluation/"),
-    4: ("raykd/train.py", "raykd/tune.py", "raykd/evaluate.py", "raykd/export.py", "raykd/collect.py"),
+    4: ("raykd/train.py", "raykd/evaluate.py", "raykd/export.py", "raykd/collect.py"),
+    5: ("raykd/tune.py",),  # a sweep begins as collect does, and its trials are runs of train
 }
 ONLY_IN = {
     "vllm": ("teacher_serving/vllm_engine.py", "teacher_serving/vllm_states.py", "teacher_serving/vllm_kernels.py"),
     "ray.train": ("raykd/training/distributed.py", "raykd/train.py", "raykd/tune.py"),
+    "ray.tune": ("raykd/tune.py",),
+    "optuna": ("raykd/training/search_space.py",),
     "ray.data": (
         "raykd/data/stream.py",
         "raykd/data/offline_stream.py",
@@ -33,7 +36,7 @@ ONLY_IN = {
     "wandb": ("raykd/tracing.py",),
     "tensorboard": ("raykd/tracing.py",),
     "torch.utils.tensorboard": ("raykd/tracing.py",),
-    "matplotlib": ("raykd/evaluation/report.py",),
+    "matplotlib": ("raykd/evaluation/report.py", "raykd/evaluation/sweep_report.py"),  # of a run; of a sweep
 }
 WITHOUT_RAY_AND_VLLM = (
     "raykd/losses/",
@@ -44,6 +47,7 @@ WITHOUT_RAY_AND_VLLM = (
     "raykd/loss_config.py",
     "raykd/sample_config.py",
     "raykd/stage_config.py",
+    "raykd/tune_config.py",
 )
 
 

@@ -325,7 +325,7 @@ def _index_files(
     """The files, the first of which are held out, without training rows with a held-out prompt; and those rows."""
     student = student_tokenizer(config.student.tokenizer_folder, config.student.new_tokens)
     vocabularies = vocabulary_fingerprint(config.teacher.model), _fingerprint(student)
-    task = ray.remote(num_cpus=1, max_retries=3)(_index_file)
+    task = ray.remote(num_cpus=1, max_retries=3, scheduling_strategy="DEFAULT")(_index_file)  # see sources.py
     with_prompts = num_held_out > 0 or len(held_out) > 0
     try:
         indexed = ray.get([task.remote(path, vocabularies, config, with_prompts) for path in paths])

@@ -139,7 +139,8 @@ def prepare_prompts(config: Config, run_folder: str | Path) -> PromptSet:
 
 
 def _run(work: list[Work], rules: RowRules) -> list[ShardResult]:
-    task = ray.remote(num_cpus=1, max_retries=3)(prepare_shards)
+    # DEFAULT: not in the placement group of a trial of a sweep, which has no CPU for it.
+    task = ray.remote(num_cpus=1, max_retries=3, scheduling_strategy="DEFAULT")(prepare_shards)
     tasks = [work[start : start + SHARDS_PER_TASK] for start in range(0, len(work), SHARDS_PER_TASK)]
     try:
         return list(chain.from_iterable(ray.get([task.remote(part, rules) for part in tasks])))

@@ -161,7 +161,7 @@ def train_epoch(
         ),
     )
     try:
-        result = _off_the_main_thread(trainer.fit)
+        result = off_the_main_thread(trainer.fit).result()
     except ray.train.TrainingFailedError:
         if mistake.exists():
             raise _as_error(mistake) from None
@@ -195,8 +195,8 @@ def _as_error(mistake: Path) -> TrainingError:
     return TrainingError(mistake.read_text(encoding="utf-8") or no_room)
 
 
-def _off_the_main_thread(function: Callable[[], T]) -> T:
-    """Call and wait. On the main thread Ray Train would replace our answer to SIGINT by its own, which aborts."""
+def off_the_main_thread(function: Callable[[], T]) -> Future[T]:
+    """Call it on a thread. On the main one Ray Train would replace our answer to SIGINT by its own, which aborts."""
     future: Future[T] = Future()
 
     def call() -> None:
@@ -206,7 +206,7 @@ def _off_the_main_thread(function: Callable[[], T]) -> T:
             future.set_exception(error)
 
     threading.Thread(target=call, name="ray-train", daemon=True).start()
-    return future.result()
+    return future
 
 
 def train_worker(loop_config: dict[str, Any]) -> dict[str, Any] | None:
