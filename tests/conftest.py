@@ -28,6 +28,7 @@ import pytest
 import torch
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What runs in one process of `pytest -n`: all that needs Ray, whose cluster they share, else the tests of a file."""
     for item in items:
