@@ -34,8 +34,8 @@ plan: setup ## what every recipe in configs/ would take, on 1, 8 and 64 GPUs
 worker kd proc answer qat: setup ## one stage (scripts/stage.sh): make kd ARGS="data.prompts=…"; SIZE=demo: on 2 cores
 	@SIZE=$(SIZE) scripts/stage.sh $@ $(ARGS)
 
-test: setup lint ## ruff, pyright, pytest in two processes (what shares a Ray cluster or a file stays in one)
-	@$(PYTHON) -m pytest -n 2 --dist loadgroup
+test: setup lint ## ruff, pyright, pytest in two processes (tests/conftest.py says which runs what)
+	@$(PYTHON) -m pytest -n 2
 
 lint: setup
 	@.venv/bin/ruff check .

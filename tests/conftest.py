@@ -22,18 +22,32 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What runs in one process of `pytest -n`: all that needs Ray, whose cluster they share, else the tests of a file."""
-    for item in items:
-        group = "ray" if item.get_closest_marker("ray") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """Who runs what under `pytest -n 2`: one process all files that need Ray and share its cluster, the other the rest."""
+    return ByCluster(config, log)
+
+
+class ByCluster(LoadScopeScheduling):
+    """Keeps together what must not meet another Ray on the machine, and the tests of a file with their fixtures."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "ray" if needs_ray(file) else file
+
+
+@cache
+def needs_ray(file: str) -> bool:
+    """Whether a test file has tests that start or join a Ray cluster."""
+    return "mark.ray" in (Path(__file__).parents[1] / file).read_text()
 
 
 DEMO_TEACHER = Path(__file__).parents[1] / "raykd" / "demo" / "teacher"
