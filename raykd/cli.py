@@ -51,11 +51,9 @@ CHANGEABLE_ON_RESUME = (
     "train.max_skipped_steps",
     "teacher.num_replicas",
     "tune.num_trials",
-    "tune.max_concurrent",
-    "tune.max_failures",
+    "tune.max_",
 )
 """Options (and prefixes of options) that do not change what is learned."""
-
 
 CONFIG_FILE = "config.yaml"
 """The resolved config, in the run folder."""
@@ -79,18 +77,14 @@ def parse(argv: Sequence[str] | None, description: str, *flags: str) -> tuple[Co
     the file, the dotted path and the nearest valid name.
     """
     words, args = parse_words(argv, description, *flags)
-    config = load_config(*words)
-    refuse_sweep(config)
-    return config, args
+    return without_tune(load_config(*words)), args
 
 
-def refuse_sweep(config: Config) -> None:
-    """For every command but raykd.tune. Errors: ConfigError for a config with a `tune` section."""
+def without_tune(config: Config) -> Config:
+    """The config as it is, for every command but raykd.tune. Errors: ConfigError where it has a `tune` section."""
     if config.tune is not None:
-        raise ConfigError(
-            f"tune: a sweep over {', '.join(config.tune.space)} has no effect in this command; run it with raykd.tune, or "
-            "leave the file with the `tune` section out"
-        )
+        raise ConfigError("tune: a sweep has no effect in this command; run it with raykd.tune, or leave the section out")
+    return config
 
 
 def parse_words(

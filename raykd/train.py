@@ -29,9 +29,9 @@ from raykd.cli import (
     load_configs,
     open_run,
     parse_words,
-    refuse_sweep,
     run_folder,
     start_ray,
+    without_tune,
 )
 from raykd.config import Config
 from raykd.data.offline_stream import prepare_offline
@@ -49,9 +49,7 @@ logger = logging.getLogger("raykd.train")  # started with -m, __name__ is __main
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. Errors: ValueError for what the user can mend."""
     words, args = parse_words(argv, __doc__ or "", "--plan", "--resume", steps=True)
-    configs = load_configs(*words)
-    for config in configs:
-        refuse_sweep(config)
+    configs = [without_tune(config) for config in load_configs(*words)]
     if args.plan:
         for config in configs:
             plan_run(config)
@@ -150,14 +148,15 @@ def _progress(config: Config, run_folder: Path, steps: int) -> contextlib.Abstra
 def stop_on_signals(run_folder: Path) -> Iterator[list[int]]:
     """Have the first SIGINT or SIGTERM ask the workers for a checkpoint and an end; the second acts as ever.
 
-    Yields the list of signals received. Only the main thread hears signals: on another (a trial of a sweep) there are none.
+    Yields the list of signals received. Only the main thread hears signals: on another (a trial of a sweep) there are none,
+    and the stop file is left to whoever started it.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield []
+        return
     stop_file = run_folder / STOP_FILE
     stop_file.unlink(missing_ok=True)
     received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
 
     def ask_to_stop(number: int, frame: object) -> None:
         received.append(number)

@@ -171,7 +171,9 @@ def run_trials(config: Config, folder: Path) -> None:
     assert settings is not None, "checked in main"
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # metrics.jsonl has it all
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # whose silence still prints tables
     sweep = Sweep(config, folder, teacher_environment() | quiet_ray())
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it misses the result files that are switched off
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(Trial, sweep=sweep), tune.PlacementGroupFactory([{"CPU": DRIVER_CPUS}])),
         tune_config=tune.TuneConfig(
@@ -250,7 +252,7 @@ class Search(Searcher):
             reason = record.message or "its process died"
             record = replace(record, state="failed", message=f"{reason} (started {record.attempts} times)")
             write_record(self._folder, record)
-        logger.info("trial %d of %d: %s", number + 1, self._settings.total, describe_record(record, self._settings.metric))
+        logger.info("trial %d: %s", number, describe_record(record, self._settings.metric))
         self._proposals.tell(number, math.nan if error or result is None else result.get("value", math.nan))
 
     def save(self, checkpoint_path: str) -> None:
@@ -283,6 +285,7 @@ class Trial(tune.Trainable):
         self._run: Future[int] | None = None
         if self._record.state not in ("done", "stopped") and not (self._sweep / STOP_FILE).exists():
             self._keep(state="unfinished", message="", attempts=self._record.attempts + 1)
+            (self._folder / STOP_FILE).unlink(missing_ok=True)
             self._run = off_the_main_thread(self._training())
 
     def _training(self) -> Callable[[], int]:
@@ -370,6 +373,8 @@ def finish(config: Config, folder: Path, teacher: TeacherPass, received: Sequenc
     report = folder / REPORT
     write_sweep_report(report, settings, records, teacher)
     console = Console()
+    if not console.is_terminal:  # a file or a log has no width; the default would break every cell
+        console.width = 60 + 30 * (2 + len(settings.space))
     console.print(print_table(records, settings))
     console.print(teacher_line(teacher, records), soft_wrap=True)
     best = best_trial(records, settings.mode)

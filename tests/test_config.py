@@ -282,6 +282,7 @@ OF_CONFIG_ALONE = {
     "LossConfig.code_mode_negative_weight",
     "LossConfig.early_tool_ce_weight",
     "LossConfig.early_tool_prior_weight",
+    "TuneConfig.num_trials",  # behind the property `total`
     # behind properties of teacher_serving/config.py: num_threads, gpus_per_actor
     "HfTeacherConfig.threads",
     "HfTeacherConfig.num_gpus",

@@ -173,7 +173,7 @@ class Proposals:
     def __init__(self, tune: TuneConfig, earlier: Mapping[int, Settings]) -> None:
         self._tune = tune
         self._earlier = earlier
-        self._study = _Study(tune) if tune.searcher == "optuna" else None
+        self._study = _Study(tune, len(earlier)) if tune.searcher == "optuna" else None
 
     def propose(self, number: int) -> Settings:
         """Settings of a trial; Optuna wants them asked for in order."""
@@ -202,7 +202,7 @@ class Proposals:
 class _Study:
     """Optuna's TPE sampler. A value of a list is its place there: Optuna takes only numbers and text."""
 
-    def __init__(self, tune: TuneConfig) -> None:
+    def __init__(self, tune: TuneConfig, num_earlier: int) -> None:
         import optuna  # slow to import; only sweeps that ask for it pay
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -219,7 +219,9 @@ class _Study:
                 step = values[2] if name == "quniform" else None
                 self._distributions[path] = kinds.FloatDistribution(*values[:2], log=name == "loguniform", step=step)
         direction = "minimize" if tune.mode == "min" else "maximize"
-        self._study = optuna.create_study(direction=direction, sampler=optuna.samplers.TPESampler(seed=tune.seed))
+        # Settings that are given draw nothing: after an interruption the same seed would draw the first ones once more.
+        seed = int(np.random.default_rng([tune.seed, num_earlier]).integers(2**31))
+        self._study = optuna.create_study(direction=direction, sampler=optuna.samplers.TPESampler(seed=seed))
         self._failed = optuna.trial.TrialState.FAIL
         self._asked: dict[int, Any] = {}
 

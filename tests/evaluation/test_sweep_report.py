@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from raykd.evaluation.sweep_records import TeacherPass, TrialRecord, best_trial
+from raykd.evaluation.sweep_records import State, TeacherPass, TrialRecord, best_trial
 from raykd.evaluation.sweep_report import by_rank, importances, write_sweep_report
 from raykd.tune_config import TuneConfig
 
@@ -15,7 +15,9 @@ TUNE = TuneConfig.model_validate(
 )
 
 
-def record(number: int, value: float | None, rate: float, divergence: str = "jsd", state="done", **options) -> TrialRecord:
+def record(
+    number: int, value: float | None, rate: float, divergence: str = "jsd", state: State = "done", **options
+) -> TrialRecord:
     settings = {"train.learning_rate": rate, "loss.kd_divergence": divergence}
     return TrialRecord(number, settings, state=state, value=value, step=10, attempts=1, **options)
 

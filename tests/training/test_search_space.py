@@ -69,7 +69,10 @@ def test_optuna_draws_near_what_was_good():
 @pytest.mark.parametrize("searcher", ["random", "optuna"])
 def test_an_interrupted_sweep_keeps_the_settings_it_has(searcher):
     earlier = dict(enumerate(settings(searcher, range(3), seed=5)))
-    assert settings(searcher, range(3), earlier, seed=6) == list(earlier.values())
+    drawn = settings(searcher, range(5), earlier, seed=5)
+    assert drawn[:3] == list(earlier.values())
+    assert drawn[3] not in drawn[:3]
+    assert settings(searcher, range(3), earlier, seed=6) == drawn[:3]
 
 
 def test_a_grid_has_every_combination_once():
@@ -111,7 +114,7 @@ def test_what_a_run_would_not_take_is_refused(student_path, space, message):
 def test_options_that_need_one_another_are_judged_together(student_path):
     """loss.kd=0 alone would leave no loss; with the other option of the space there is one."""
     space = {"loss.kd": {"choice": [0, 1]}, "loss.ce_teacher": {"uniform": [0.1, 1]}}
-    config = with_values(sweep(student_path, space, metric="validation/teacher_kl"), {"loss.tool_name": 0})
+    config = with_values(sweep(student_path, space), {"loss.tool_name": 0, "loss.ce_teacher": 0})
     assert len(check_sweep(config)) == 5
 
 
