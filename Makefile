@@ -1,6 +1,6 @@
 # Every target sets the project up first (scripts/setup.sh; a second time it takes no time).
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo_all losses pipeline plan worker kd proc answer qat test lint report bench
+.PHONY: help setup demo demo_all losses pipeline tune plan worker kd proc answer qat test lint report bench
 
 PYTHON := .venv/bin/python
 # Settings for a teacher on the CPU and for a quiet local Ray; a real cluster sets its own.
@@ -27,6 +27,9 @@ losses: setup ## what every loss does, alone: bench/losses.md
 
 pipeline: setup ## kd, process, answer, INT8: trained, exported, served, judged (about 20 minutes on 2 cores)
 	@scripts/pipeline.sh
+
+tune: setup ## a sweep of 16 trials over the demo, on one pass of the teacher (about an hour on 2 cores)
+	@$(PYTHON) -m raykd.tune --config configs/tune_demo.yaml
 
 plan: setup ## what every recipe in configs/ would take, on 1, 8 and 64 GPUs
 	@$(PYTHON) scripts/plan.py
