@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 from pathlib import Path
@@ -124,6 +125,7 @@ def test_the_pipeline_trains_its_four_stages_and_goes_on_where_it_stopped(demo_w
     shutil.rmtree(Path(configs[-1].run.dir) / configs[-1].run.name)
     kept = {config.run.name: finished(config) for config in configs[:3]}
     caplog.clear()
+    caplog.set_level(logging.INFO, logger="raykd.train")
     assert train(["pipeline.yaml"])[0] == 0
     assert [record.message for record in caplog.records if "is done" in record.message] == [
         f"stage {number} of 4, {name}, is done" for number, name in enumerate(kept, 1)
