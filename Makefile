@@ -1,6 +1,6 @@
 # Every target sets the project up first (scripts/setup.sh; a second time it takes no time).
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo_all losses pipeline tune plan worker kd proc answer qat test lint report bench
+.PHONY: help setup demo demo_all losses pipeline tune plan worker kd proc answer qat test test_long lint report bench
 
 PYTHON := .venv/bin/python
 # Settings for a teacher on the CPU and for a quiet local Ray; a real cluster sets its own.
@@ -38,7 +38,10 @@ worker kd proc answer qat: setup ## one stage (scripts/stage.sh): make kd ARGS="
 	@SIZE=$(SIZE) scripts/stage.sh $@ $(ARGS)
 
 test: setup lint ## ruff, pyright, pytest in two processes (tests/conftest.py says which runs what)
-	@$(PYTHON) -m pytest -n 2
+	@$(PYTHON) -m pytest -n 2 -m "not long"
+
+test_long: setup ## what takes minutes: a sweep that is killed and goes on
+	@$(PYTHON) -m pytest -m long
 
 lint: setup
 	@.venv/bin/ruff check .

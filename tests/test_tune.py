@@ -89,7 +89,7 @@ def start_driver(files: list[str], fault: str) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_whose_driver_is_killed_goes_on_with_what_is_left(files, ray_cluster, monkeypatch, tmp_path, capsys):
     """Trial 0 waits before its third step, trial 1 has a learning rate that gives no numbers; then the driver is killed. On
     --resume, 0 goes on from its checkpoint, dies, and is started again."""
