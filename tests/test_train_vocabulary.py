@@ -156,7 +156,7 @@ def test_a_student_under_other_ids_has_the_same_losses(config_file, ray_cluster)
     assert main(["--config", str(config_file), "run.name=own_ids", *losses_on]) == 0
     assert main(["--config", str(config_file), "run.name=other_ids", f"student.model={folder / 'moved'}", *losses_on]) == 0
     expected, found = (losses(folder / "runs" / name) for name in ("own_ids", "other_ids"))
-    names = {f"loss/{name}" for name in ("total", "kd", "ce_teacher")} | {f"loss/{item[5:-4]}" for item in losses_on}
+    names = {f"loss/{name}" for name in ("total", "kd", "ce_truth")} | {f"loss/{item[5:-4]}" for item in losses_on}
     assert names <= expected.keys(), "every loss has tokens to look at"
     for name, values in expected.items():
         assert found[name] == pytest.approx(values, abs=1e-5, rel=0), name
