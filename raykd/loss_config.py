@@ -19,11 +19,7 @@ class Section(BaseModel):
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tvd", "skewed_forward_kl", "skewed_reverse_kl"]
 Support = Literal["topk_tail", "topk_renorm", "topk_zero", "full"]
 
-LOSSES = (
-    "kd",
-    "self_kd",
-    "ce_teacher",
-    "ce_truth",
+PROCESS_LOSSES = (
     "tool_name",
     "tool_choice",
     "json_argument",
@@ -31,6 +27,15 @@ LOSSES = (
     "integration_copy",
     "copy_mass",
     "number_contradiction",
+)
+"""Those that supervise the steps of tool use: which tool, with which arguments, and what becomes of its result."""
+
+LOSSES = (
+    "kd",
+    "self_kd",
+    "ce_teacher",
+    "ce_truth",
+    *PROCESS_LOSSES,
     "intermediate_layer",
     "self_evaluation",
     "halt",
@@ -43,17 +48,6 @@ LOSSES = (
     "policy_gradient",
 )
 """Every loss: its weight in `LossConfig`, its key in the logs (`loss/<name>`), its function (`<name>_loss`)."""
-
-PROCESS_LOSSES = (
-    "tool_name",
-    "tool_choice",
-    "json_argument",
-    "json_grammar",
-    "integration_copy",
-    "copy_mass",
-    "number_contradiction",
-)
-"""Those that supervise the steps of tool use: which tool, with which arguments, and what becomes of its result."""
 
 
 class Schedule(Section):

@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from raykd.demo.corpus import generate_conversations
+from raykd.demo.outliers import add_outliers
 from raykd.evaluation.serving import check_serving
 from raykd.stage_config import QuantizationConfig
 from raykd.student.int8_arithmetic import ActivationGrid
@@ -61,24 +62,6 @@ def conversations(num: int, split: str) -> list[np.ndarray]:
 def text(num: int, split: str) -> Tensor:
     """The first LENGTH tokens of all conversations that are as long, [R, LENGTH]."""
     return torch.from_numpy(np.stack([ids[:LENGTH] for ids in conversations(num, split) if len(ids) >= LENGTH]))
-
-
-def with_outliers(model: Any, factor: float) -> Any:
-    """The same function to the bit, 4 channels of every layer's inputs sticking out."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            for gain, readers in (
-                (layer.input_layernorm.weight, (attention.q_proj, attention.k_proj, attention.v_proj)),
-                (layer.post_attention_layernorm.weight, (mlp.gate_proj, mlp.up_proj)),
-                (mlp.up_proj.weight, (mlp.down_proj,)),
-            ):
-                channels = torch.randperm(len(gain), generator=generator)[:4]
-                gain[channels] *= factor
-                for reader in readers:
-                    reader.weight[:, channels] /= factor
-    return model
 
 
 def logits_of(model: Any, ids: Tensor) -> Tensor:
@@ -130,7 +113,7 @@ def measure_recovery(
     own = load()
 
     def prepared(config: QuantizationConfig) -> Any:
-        model = with_outliers(copy.deepcopy(own), factor)
+        model = add_outliers(copy.deepcopy(own), factor)
         prepare_int8(model, config)
         return model
 

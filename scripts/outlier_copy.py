@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import torch
-from bench_int8 import with_outliers
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from raykd.demo.outliers import add_outliers
 
 
 def main() -> None:
@@ -20,7 +21,7 @@ def main() -> None:
         sys.exit(f"found {len(sys.argv) - 1} words, expected FROM OUT [FACTOR]")
     source, out = Path(sys.argv[1]), Path(sys.argv[2])
     factor = float(sys.argv[3]) if len(sys.argv) == 4 else 128.0
-    model = with_outliers(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), factor)
+    model = add_outliers(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), factor)
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(source).save_pretrained(out)
 

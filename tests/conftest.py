@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 # Settings that make a vLLM engine start in seconds on a CPU; teacher actors inherit them.
@@ -91,6 +92,16 @@ def save_tiny_model(
     Qwen3ForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+def save_student_and_questions(folder: Path, tokenizer, **num_rows: int) -> dict[str, Any]:
+    """A one-layer student and, by name, files of short prompts; the `student` and `data` sections of a run on them."""
+    student = save_tiny_model(folder / "student", tokenizer, seed=1, num_layers=1)
+    for name, count in num_rows.items():
+        rows = [json.dumps({"prompt": f"{name}: what is {i} times {i + 3}?"}) + "\n" for i in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(rows))
+    files = {name: str(folder / f"{name}.jsonl") for name in num_rows}
+    return {"student": {"model": str(student)}, "data": {**files, "fixed_order": True}}
 
 
 @pytest.fixture(scope="session")

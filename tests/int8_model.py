@@ -14,13 +14,13 @@ import subprocess
 import tarfile
 import typing
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
+from raykd.demo.outliers import add_outliers
 from raykd.stage_config import QuantizationConfig
 from raykd.student.int8_arithmetic import ActivationGrid
 from raykd.student.quantization import Int8Linear, prepare_int8
@@ -96,21 +96,7 @@ def trained_model() -> Qwen3ForCausalLM:
 @functools.cache
 def outlier_model() -> Qwen3ForCausalLM:
     """The same function to the bit, with activations as large models have them: 4 channels of every input stick out."""
-    model: Any = copy.deepcopy(trained_model())
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            for gain, readers in (
-                (layer.input_layernorm.weight, (attention.q_proj, attention.k_proj, attention.v_proj)),
-                (layer.post_attention_layernorm.weight, (mlp.gate_proj, mlp.up_proj)),
-                (mlp.up_proj.weight, (mlp.down_proj,)),
-            ):
-                channels = torch.randperm(len(gain), generator=generator)[:4]
-                gain[channels] *= OUTLIER
-                for reader in readers:
-                    reader.weight[:, channels] /= OUTLIER
-    return model
+    return add_outliers(copy.deepcopy(trained_model()), OUTLIER)
 
 
 def recovered(config: QuantizationConfig, *, teacher: bool = True) -> Qwen3ForCausalLM:

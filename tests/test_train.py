@@ -22,7 +22,7 @@ from raykd.data.sources import PromptSet
 from raykd.tracing import read_metrics
 from raykd.train import main
 from raykd.training.checkpoint import latest_checkpoint, list_checkpoints, read_ledger, read_state
-from tests.conftest import save_tiny_model
+from tests.conftest import save_student_and_questions
 
 NUM_PROMPTS = 32
 NUM_HELD_OUT = 4
@@ -33,10 +33,7 @@ NUM_OFFLINE = 16
 def config_file(tmp_path_factory, demo_tokenizer, tiny_model_path) -> Path:
     """A run of eight steps in a fixed order, with a checkpoint after every third."""
     folder = tmp_path_factory.mktemp("train")
-    save_tiny_model(folder / "student", demo_tokenizer, seed=1, num_layers=1)
-    for name, count in (("prompts", NUM_PROMPTS), ("held_out", NUM_HELD_OUT)):
-        rows = [json.dumps({"prompt": f"{name}: what is {i} times {i + 3}?"}) + "\n" for i in range(count)]
-        (folder / f"{name}.jsonl").write_text("".join(rows))
+    student_and_data = save_student_and_questions(folder, demo_tokenizer, prompts=NUM_PROMPTS, held_out=NUM_HELD_OUT)
     for name, count in (("offline", NUM_OFFLINE), ("offline_held_out", NUM_HELD_OUT)):
         rows = [json.dumps({"prompt": f"{name}: {i} plus 3 is ", "teacher_text": f"{i + 3}."}) + "\n" for i in range(count)]
         (folder / f"{name}.jsonl").write_text("".join(rows))
@@ -51,12 +48,7 @@ def config_file(tmp_path_factory, demo_tokenizer, tiny_model_path) -> Path:
             "batch_size": 8,
             "sampling": {"max_tokens": 12},
         },
-        "student": {"model": str(folder / "student")},
-        "data": {
-            "prompts": str(folder / "prompts.jsonl"),
-            "held_out": str(folder / "held_out.jsonl"),
-            "fixed_order": True,
-        },
+        **student_and_data,
         "loss": {"kd": 1.0, "ce_teacher": 0.5},
         "train": {
             "sequences_per_step": 4,

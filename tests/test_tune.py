@@ -24,7 +24,7 @@ from raykd.tracing import read_metrics
 from raykd.training.distributed import STOP_FILE
 from raykd.training.search_space import reported_metrics
 from raykd.tune import EARLY, StopEarly, Sweep, Trial, main
-from tests.conftest import save_tiny_model
+from tests.conftest import save_student_and_questions
 
 NUM_PROMPTS, NUM_HELD_OUT = 12, 4
 
@@ -33,10 +33,7 @@ NUM_PROMPTS, NUM_HELD_OUT = 12, 4
 def files(tmp_path_factory, demo_tokenizer, tiny_model_path) -> list[str]:
     """A run of three steps, and a sweep of two trials over it."""
     folder = tmp_path_factory.mktemp("tune")
-    save_tiny_model(folder / "student", demo_tokenizer, seed=1, num_layers=1)
-    for name, count in (("prompts", NUM_PROMPTS), ("held_out", NUM_HELD_OUT)):
-        rows = [json.dumps({"prompt": f"{name}: what is {i} times {i + 3}?"}) + "\n" for i in range(count)]
-        (folder / f"{name}.jsonl").write_text("".join(rows))
+    student_and_data = save_student_and_questions(folder, demo_tokenizer, prompts=NUM_PROMPTS, held_out=NUM_HELD_OUT)
     base = {
         "run": {"dir": str(folder / "runs"), "name": "sweep"},
         "teacher": {
@@ -48,8 +45,7 @@ def files(tmp_path_factory, demo_tokenizer, tiny_model_path) -> list[str]:
             "batch_size": 16,
             "sampling": {"max_tokens": 8},
         },
-        "student": {"model": str(folder / "student")},
-        "data": {"prompts": str(folder / "prompts.jsonl"), "held_out": str(folder / "held_out.jsonl"), "fixed_order": True},
+        **student_and_data,
         "train": {
             "sequences_per_step": 4,
             "log_every": 1,

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
@@ -22,7 +21,7 @@ from raykd.evaluation.prompts import EvaluationError
 from raykd.evaluation.results import TEACHER, UNTRAINED
 from raykd.sample_config import LatentConfig
 from raykd.stage_config import QuantizationConfig
-from raykd.student.heads import HALT, SELF_EVALUATION, make_heads
+from raykd.student.heads import heads_in, make_heads
 from raykd.student.int8_files import OWN_SECTION, export_int8, is_int8, load_int8_reference, weight_files
 from raykd.student.latent import LatentSpans
 from raykd.student.model import Student, load_student
@@ -100,10 +99,7 @@ def load_with_heads(student: StudentConfig, files: ModelFiles) -> Student:
 
 def heads_of(files: ModelFiles) -> set[str]:
     """Which of the halt and the self-evaluation head a model has."""
-    if files.heads is None:
-        return set()
-    with safe_open(files.heads, framework="pt") as tensors:
-        return {name.partition(".")[0] for name in tensors.keys()} & {HALT, SELF_EVALUATION}  # noqa: SIM118 (no mapping)
+    return heads_in(files.heads)
 
 
 # --- models that are made for the occasion: Ray tasks ---------------------------------------------------------------------

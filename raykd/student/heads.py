@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -72,6 +72,15 @@ def projections_of(heads: nn.ModuleDict) -> nn.ModuleDict:
 def save_heads(heads: nn.ModuleDict, file: Path) -> None:
     """Write all heads into one safetensors file."""
     save_file({name: tensor.contiguous() for name, tensor in heads.state_dict().items()}, file)
+
+
+def heads_in(file: Path | None) -> set[str]:
+    """Which of the halt and the self-evaluation head a file of heads holds; none without a file."""
+    if file is None or not file.is_file():
+        return set()
+    with safe_open(file, framework="pt") as tensors:
+        names = list(tensors.keys())
+    return {name.partition(".")[0] for name in names} & {HALT, SELF_EVALUATION}
 
 
 def load_heads(heads: nn.ModuleDict, file: Path) -> None:

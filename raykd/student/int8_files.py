@@ -145,8 +145,8 @@ def int8_names(folder: Path) -> list[str]:
     names = []
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as tensors:
-            names += [name.removesuffix(f".{SCALE}") for name in tensors.keys() if name.endswith(f".{SCALE}")]  # noqa: SIM118
-    return sorted(names)
+            names += list(tensors.keys())
+    return sorted(name.removesuffix(f".{SCALE}") for name in names if name.endswith(f".{SCALE}"))
 
 
 def load_int8_reference(folder: Path) -> PreTrainedModel:

@@ -21,11 +21,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from raykd.code_version import code_version
 from raykd.config import Config, StudentConfig
 from raykd.stage_config import StageName
+from raykd.student.heads import heads_in
 from raykd.training.checkpoint import HEADS, MANIFEST, STATE, STUDENT, latest_checkpoint, verify, write_json
 from raykd.vocabulary import backend_of, student_tokenizer
 from teacher_serving.identity import vocabulary_fingerprint
@@ -159,7 +158,7 @@ def _check_student(given: StudentConfig, found: StudentConfig, manifest: Manifes
 
 def _check_heads(config: Config, checkpoint: Path) -> None:
     """Every head that a loss trains comes with the checkpoint."""
-    found = heads_in(checkpoint)
+    found = heads_in(checkpoint / HEADS)
     for head, losses in HEAD_LOSSES.items():
         wanting = [name for name in losses if name in config.loss.weights]
         if wanting and head not in found:
@@ -167,15 +166,6 @@ def _check_heads(config: Config, checkpoint: Path) -> None:
                 f"loss.{wanting[0]} trains the head {head!r}, which {checkpoint} lacks (it has {sorted(found)}): train it "
                 "in the stage before too, set the loss to 0, or start its heads anew with init.mode=init"
             )
-
-
-def heads_in(checkpoint: Path | None) -> set[str]:
-    """Names of the heads in a checkpoint that are handed on."""
-    file = checkpoint / HEADS if checkpoint is not None else None
-    if file is None or not file.exists():
-        return set()
-    with safe_open(file, framework="pt") as tensors:
-        return {name.partition(".")[0] for name in tensors.keys()} & HEAD_LOSSES.keys()  # noqa: SIM118 (no mapping)
 
 
 def handed_over(config: Config) -> Path | None:

@@ -21,11 +21,12 @@ from raykd.config import Config, StudentConfig, TrainConfig
 from raykd.data.curriculum import latent_ids
 from raykd.loss_config import LossConfig
 from raykd.losses.context import Head, LossContext
-from raykd.student.heads import make_heads, projections_of
+from raykd.student.heads import heads_in, make_heads, projections_of
 from raykd.student.latent import LatentSpans
 from raykd.student.model import Student, load_student
 from raykd.student.quantization import prepare_int8, set_quantized
 from raykd.training.checkpoint import (
+    HEADS,
     STUDENT,
     Snapshot,
     latest_checkpoint,
@@ -44,7 +45,7 @@ from raykd.training.meters import Meters
 from raykd.training.ranks import Ranks
 from raykd.training.reference import needs_reference
 from raykd.training.rng import restore_rng, rng_state, seed_everything
-from raykd.training.stages import HEAD_LOSSES, handed_over, heads_in
+from raykd.training.stages import HEAD_LOSSES, handed_over
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +209,7 @@ def _give_heads(
 ) -> None:
     """The heads of the active losses, and those of the stage before that no loss trains any more: they stay as they are."""
     before = handed_over(config)
-    kept = heads_in(before)
+    kept = heads_in(before / HEADS) if before is not None else set()
     losses = config.loss.weights
     untrained = {head for head in kept if not losses.keys() & set(HEAD_LOSSES[head])}
     wanted = losses | {HEAD_LOSSES[head][0]: 0.0 for head in untrained}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from raykd.config import Config
 from raykd.data.prompt_rows import RowRules, ShardResult, Work, prepare_shards
 from raykd.data.readers import Shard, cut, find_files
 from teacher_serving.types import TEACHER_OUTPUT_SCHEMA
@@ -61,3 +62,16 @@ def answers(uids: list[int], fingerprint: str = "f") -> pa.Table:
             }
         )
     return pa.Table.from_pylist(rows, schema=TEACHER_OUTPUT_SCHEMA)
+
+
+def config_for(tmp_path: Path, model: Path, *, teacher: dict[str, Any] | None = None, **data: Any) -> Config:
+    """A run in `tmp_path` on its train.jsonl, with a small teacher in plain transformers."""
+    own = {"kind": "hf", "model": str(model), "device": "cpu", "top_k": 4, "batch_size": 4, "sampling": {"max_tokens": 6}}
+    return Config.model_validate(
+        {
+            "run": {"name": "run", "dir": str(tmp_path), "seed": 3},
+            "teacher": own | (teacher or {}),
+            "student": {"model": str(model)},
+            "data": {"prompts": str(tmp_path / "train.jsonl"), **data},
+        }
+    )

@@ -44,7 +44,11 @@ def test_codes_and_scales_in_the_file_are_those_of_the_last_forward_pass(tmp_pat
     optimizer, ids, seen = torch.optim.AdamW(model.parameters(), lr=1e-3), text()[0][:2], []
     nll_of(model, ids).backward()
     optimizer.step()
-    record = lambda weight: seen.append(weight_codes(weight)) or seen[-1]  # noqa: E731
+
+    def record(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(weight_codes(weight))
+        return seen[-1]
+
     monkeypatch.setattr(int8_arithmetic, "weight_codes", record)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         nll_of(model, ids)
