@@ -19,9 +19,10 @@ import pyarrow as pa
 from raykd.data.conversation import RowError
 from raykd.data.detokenize import decode_tokens
 from raykd.data.offline_fields import gather_fields
-from raykd.data.offline_files import READ_ROWS, FileIndex, open_parquet, read_lines
+from raykd.data.offline_files import READ_ROWS, FileIndex, Kind, open_parquet, read_lines, take_batches
 from raykd.data.offline_tokens import prompt_text
-from raykd.data.prompt_rows import Reject
+from raykd.data.prompt_rows import Reject, load_tokenizer
+from raykd.data.sources import PromptSet
 from raykd.data.uids import hash_uid
 from raykd.types import Mark
 from teacher_serving.identity import vocabulary_size
@@ -30,13 +31,23 @@ NO_PROMPT = -1
 """Hash of a row whose prompt cannot be told: whoever reads the row rejects it, and says why."""
 
 
-def prompt_hashes(index: FileIndex, tokenizer: Any) -> np.ndarray:
-    """Hash [N] of the prompt of every usable row, int64. `tokenizer`: of the file's vocabulary."""
-    if index.kind == "jsonl":
-        blocks = range(0, len(index.position), READ_ROWS)
-        rows = (row for start in blocks for row in read_lines(index.path, index.position[start : start + READ_ROWS]))
+def prompt_hashes(path: str, kind: Kind, positions: np.ndarray, tokenizer: Any) -> np.ndarray:
+    """Hash [N] of the prompt of each of these rows of a file, int64.
+
+    `positions`: int64 [N] of its FileIndex, rising. `tokenizer`: of the file's vocabulary.
+    """
+    if kind == "jsonl":
+        blocks = range(0, len(positions), READ_ROWS)
+        rows = (row for start in blocks for row in read_lines(path, positions[start : start + READ_ROWS]))
         return np.array([_of_row(row, tokenizer) for row in rows], np.int64)
-    return np.array(list(_of_parquet(index, tokenizer)), np.int64)[index.position]
+    return np.array(list(_of_parquet(path, kind, positions, tokenizer)), np.int64)
+
+
+def held_out_hashes(prompts: PromptSet, tokenizer_folder: str) -> np.ndarray:
+    """Hashes of the held-out prompts of a run, int64 in rising order. `tokenizer_folder`: the teacher's."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    ids = prompts.read(held_out=True)["prompt_ids"]
+    return np.unique(np.array([hash_of_ids(row.values.to_numpy(), tokenizer) for row in ids], np.int64))
 
 
 def hash_of_ids(ids: np.ndarray, tokenizer: Any) -> int:
@@ -69,15 +80,14 @@ def _of_row(row: dict[str, Any], tokenizer: Any) -> int:
         return NO_PROMPT
 
 
-def _of_parquet(index: FileIndex, tokenizer: Any) -> Iterator[int]:
-    """Hashes of all rows of the file, in order."""
-    with open_parquet(index.path) as file:
-        if index.kind == "rows":
-            for batch in file.iter_batches(batch_size=READ_ROWS):
+def _of_parquet(path: str, kind: Kind, positions: np.ndarray, tokenizer: Any) -> Iterator[int]:
+    with open_parquet(path) as file:
+        if kind == "rows":
+            for batch in take_batches(file, path, positions):
                 yield from (_of_row(row, tokenizer) for row in batch.to_pylist())
             return
-        columns = ("prompt_ids",) if index.kind == "teacher" else ("input_ids", "marks")
-        for batch in file.iter_batches(batch_size=READ_ROWS, columns=columns):
+        columns = ("prompt_ids",) if kind == "teacher" else ("input_ids", "marks")
+        for batch in take_batches(file, path, positions, columns):
             for place in range(batch.num_rows):
                 ids, *marks = (_numbers(batch.column(name)[place].values) for name in columns)
                 yield hash_of_ids(ids[: _first_response(*marks)] if marks else ids, tokenizer)

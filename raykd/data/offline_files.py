@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +30,7 @@ from raykd.data.examples import example_from_row
 from raykd.data.offline_rows import RowReader, check_row
 from raykd.data.prompt_rows import Reject
 from raykd.data.readers import DataError, RawRow, parse_line
-from raykd.data.stored_examples import example_problem, ids_problem, with_all_columns
+from raykd.data.stored_examples import check_types, example_problem, ids_problem, logprobs_problem, with_all_columns
 from raykd.types import Example
 
 logger = logging.getLogger(__name__)
@@ -133,9 +133,11 @@ def _index_parquet(path: Path) -> FileIndex:
     is_teacher_output = {"uid", "prompt_ids", "output_ids", "finish_reason"} <= names
     is_teacher_output &= not names & {"messages", "prompt", "teacher_text"}  # else offline rows with their tokens
     if {"uid", "input_ids", "marks"} <= names or is_teacher_output:
+        kind: Kind = "examples" if "marks" in names else "teacher"
+        if kind == "examples":
+            check_types(path, file.schema_arrow)
         uids = file.read(columns=["uid"])["uid"].to_numpy().astype(np.int64)
         positions, rejected = np.arange(len(uids)), []
-        kind: Kind = "examples" if "marks" in names else "teacher"
     else:
         found: list[tuple[int, int, int]] = []
         rejected: list[Reject] = []
@@ -166,7 +168,7 @@ def read_examples(path: str, kind: Kind, positions: np.ndarray, reader: RowReade
         return reader.examples(table.to_pylist())
     vocab_size = reader.num_ids
     if kind == "examples":
-        table = with_all_columns(table)
+        table = with_all_columns(table, path)
         return [
             example_problem(table, i, vocab_size)
             or _length_problem(table, i, ("input_ids",), reader)
@@ -195,24 +197,36 @@ def open_parquet(path: str | Path) -> pq.ParquetFile:
 
 
 def _take(path: str, positions: np.ndarray) -> pa.Table:
-    """Rows of a Parquet file by number, in the order asked; reads their row groups, READ_ROWS rows at a time."""
+    """Rows of a Parquet file by number, in the order asked."""
+    order = np.argsort(positions, kind="stable")
     with open_parquet(path) as file:
-        sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
-        starts = np.cumsum([0, *sizes])
-        if len(positions) and positions.max() >= starts[-1]:
-            raise DataError(f"{path} has changed while it was in use: row {positions.max()} of {starts[-1]} asked for")
-        groups, which = np.unique(np.searchsorted(starts, positions, side="right") - 1, return_inverse=True)
-        read_starts = np.cumsum([0, *(sizes[group] for group in groups)])
-        place = positions - starts[groups][which] + read_starts[which]  # among the rows of these groups
-        order = np.argsort(place, kind="stable")
-        sorted_place, parts, first = place[order], [], 0
-        for batch in file.iter_batches(batch_size=READ_ROWS, row_groups=groups.tolist()):
-            here = sorted_place[slice(*np.searchsorted(sorted_place, [first, first + batch.num_rows]))] - first
-            if len(here):
-                parts.append(batch.take(pa.array(here)))  # a copy: the batch itself goes
-            first += batch.num_rows
-        table = pa.Table.from_batches(parts, file.schema_arrow)
+        table = pa.Table.from_batches(take_batches(file, path, positions[order]), file.schema_arrow)
     return table.take(pa.array(np.argsort(order))).combine_chunks()
+
+
+def take_batches(
+    file: pq.ParquetFile, path: str, positions: np.ndarray, columns: Sequence[str] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Rows of a file of `open_parquet` by number, of some of its columns or all. `positions`: int64 [N], none falling.
+
+    Reads the row groups of these rows, READ_ROWS rows at a time, and nothing behind the last. Raises DataError where the
+    file has changed since it was indexed.
+    """
+    sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+    starts = np.cumsum([0, *sizes])
+    if len(positions) and positions[-1] >= starts[-1]:
+        raise DataError(f"{path} has changed while it was in use: row {positions[-1]} of {starts[-1]} asked for")
+    groups, which = np.unique(np.searchsorted(starts, positions, side="right") - 1, return_inverse=True)
+    read_starts = np.cumsum([0, *(sizes[group] for group in groups)])
+    place = positions - starts[groups][which] + read_starts[which]  # among the rows of these groups
+    first = 0
+    for batch in file.iter_batches(batch_size=READ_ROWS, row_groups=groups.tolist(), columns=columns):
+        here = place[slice(*np.searchsorted(place, [first, first + batch.num_rows]))] - first
+        if len(here):
+            yield batch.take(pa.array(here))  # a copy: the batch itself goes
+        first += batch.num_rows
+        if first > place[-1]:
+            return
 
 
 def _from_teacher_output(table: pa.Table, reader: RowReader, vocab_size: int) -> list[tuple[Example, ...] | str]:
@@ -224,6 +238,7 @@ def _from_teacher_output(table: pa.Table, reader: RowReader, vocab_size: int) ->
     for index in range(table.num_rows):
         problem = ids_problem(table, index, ("prompt_ids", "output_ids"), vocab_size)
         problem = problem or ids_problem(table, index, ("topk_ids",), 2**31)  # some may be padding of the teacher's head
+        problem = problem or logprobs_problem(table, index, ("topk_logprobs", "log_tail"))
         problem = problem or _length_problem(table, index, ("prompt_ids", "output_ids"), reader)
         if problem:
             results[index] = problem

@@ -8,11 +8,10 @@ The files are indexed once per run, in Ray tasks, and read where they are; the d
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,8 @@ from raykd.config import Config
 from raykd.data.curriculum import Curriculum
 from raykd.data.dataset import OfflineIndex, epoch_order, join_indexes
 from raykd.data.examples import Wanted, examples_to_table
-from raykd.data.held_out import NO_PROMPT, hash_of_ids, leave_out, prompt_hashes
-from raykd.data.offline_files import FileIndex, index_file, read_examples
+from raykd.data.held_out import held_out_hashes, leave_out, prompt_hashes
+from raykd.data.offline_files import FileIndex, Kind, index_file, read_examples
 from raykd.data.offline_rows import RowReader
 from raykd.data.pairs import numbered
 from raykd.data.prompt_rows import Reject, load_tokenizer, write_table
@@ -48,6 +47,8 @@ BLOCK_ROWS = 32
 """Rows of a block, and of a task of the reader."""
 BESIDE_PROMPTS = 2**40
 """Pass that gives rows beside prompts their uids: a file may hold the answers to these very prompts, under their uids."""
+HASH_ROWS = 20_000
+"""Rows whose prompts a task hashes: seconds of work, as its process takes to load a tokenizer."""
 _NO_STATES = np.empty((0, 0, 0), np.float16)
 
 
@@ -107,9 +108,9 @@ def prepare_offline(config: Config, run_folder: str | Path, prompts: PromptSet |
     files = offline_files(config)
     num_held_out = sum(is_held_out for _, _, is_held_out in files)
     state = folder / "offline_set.json"
-    held_out = held_out_hashes(config, prompts)
+    held_out = prompts if prompts is not None and prompts.num_held_out else None
     stats: list[Any] = [[path, weight, *_stat(path)] for path, weight, _ in files]
-    stats.append(hashlib.sha256(held_out.tobytes()).hexdigest())
+    stats.append(held_out.fingerprint if held_out else "")
     saved = json.loads(state.read_text()) if state.is_file() else None
     if saved is not None and saved["stats"] == stats:
         return OfflineSet(**saved["offline_set"] | {"folder": str(folder)})
@@ -310,44 +311,52 @@ def _training(index: OfflineIndex, num_held_out: int) -> OfflineIndex:
     )
 
 
-def held_out_hashes(config: Config, prompts: PromptSet | None) -> np.ndarray:
-    """Hashes of the held-out prompts, int64 in rising order."""
-    if prompts is None or not prompts.num_held_out:
-        return np.empty(0, np.int64)
-    tokenizer = load_tokenizer(config.teacher.model)
-    ids = prompts.read(held_out=True)["prompt_ids"]
-    return np.unique(np.array([hash_of_ids(row.values.to_numpy(), tokenizer) for row in ids], np.int64))
-
-
 def _index_files(
-    paths: Sequence[str], config: Config, num_held_out: int, held_out: np.ndarray
+    paths: Sequence[str], config: Config, num_held_out: int, prompts: PromptSet | None
 ) -> tuple[list[FileIndex], list[Reject]]:
-    """The files, the first of which are held out, without training rows with a held-out prompt; and those rows."""
+    """The files, the first of which are held out, without training rows with a held-out prompt; and those rows.
+
+    `prompts`: those of the run, if some are held out.
+    """
     student = student_tokenizer(config.student.tokenizer_folder, config.student.new_tokens)
     vocabularies = vocabulary_fingerprint(config.teacher.model), _fingerprint(student)
-    task = ray.remote(num_cpus=1, max_retries=3, scheduling_strategy="DEFAULT")(_index_file)  # see sources.py
-    with_prompts = num_held_out > 0 or len(held_out) > 0
-    try:
-        indexed = ray.get([task.remote(path, vocabularies, config, with_prompts) for path in paths])
-    except RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, DataError) else error) from None
-    files, hashes = [index for index, _ in indexed], [of_rows for _, of_rows in indexed]
-    held_out = np.concatenate([held_out, *hashes[:num_held_out]])
+    of_prompts = [] if prompts is None else [_task(held_out_hashes).remote(prompts, config.teacher.model)]
+    files = _results([_task(index_file).remote(path, *vocabularies) for path in paths])
+    if not num_held_out and not of_prompts:
+        return files, []
+    hashes = _hash_files(files, vocabularies, config)
+    held_out = np.concatenate([*_results(of_prompts), *hashes[:num_held_out]])
     kept, left_out = leave_out(files[num_held_out:], hashes[num_held_out:], held_out)
     return [*files[:num_held_out], *kept], left_out
 
 
-def _index_file(
-    path: str, vocabularies: tuple[str, str], config: Config, with_prompts: bool
-) -> tuple[FileIndex, np.ndarray]:
-    """The file, and the hash of every row's prompt where they are wanted. `vocabularies`: of teacher and student."""
-    index = index_file(path, *vocabularies)
-    if not with_prompts:
-        return index, np.full(len(index.uid), NO_PROMPT)
+def _hash_files(files: Sequence[FileIndex], vocabularies: tuple[str, str], config: Config) -> list[np.ndarray]:
+    """For every file the hashes of its rows' prompts, in order. `vocabularies`: of teacher and student."""
     teachers, students = vocabularies
-    if index.vocabulary == students != teachers:
-        return index, prompt_hashes(index, student_tokenizer(config.student.tokenizer_folder, config.student.new_tokens))
-    return index, prompt_hashes(index, load_tokenizer(config.teacher.model))
+    parts = []
+    for index in files:
+        ranges = [index.position[start : start + HASH_ROWS] for start in range(0, len(index.position), HASH_ROWS)]
+        facts = config, index.vocabulary == students != teachers
+        parts.append([_task(_hash_rows).remote(index.path, index.kind, rows, *facts) for rows in ranges])
+    return [np.concatenate([np.empty(0, np.int64), *_results(of_file)]) for of_file in parts]
+
+
+def _hash_rows(path: str, kind: Kind, positions: np.ndarray, config: Config, in_student_ids: bool) -> np.ndarray:
+    if not in_student_ids:
+        return prompt_hashes(path, kind, positions, load_tokenizer(config.teacher.model))
+    student = student_tokenizer(config.student.tokenizer_folder, config.student.new_tokens)
+    return prompt_hashes(path, kind, positions, student)
+
+
+def _task(function: Callable[..., Any]) -> Any:
+    return ray.remote(num_cpus=1, max_retries=3, scheduling_strategy="DEFAULT")(function)  # see sources.py
+
+
+def _results(tasks: Sequence[Any]) -> list[Any]:
+    try:
+        return ray.get(list(tasks))
+    except RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, DataError) else error) from None
 
 
 def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

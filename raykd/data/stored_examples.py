@@ -1,16 +1,20 @@
 """Examples that come out of a file: whether a row can be one, before anything relies on it.
 
-In:  a table of EXAMPLE_SCHEMA as somebody wrote it, perhaps before it had all its columns. Out: the reason against a row.
+In:  a table of EXAMPLE_SCHEMA as somebody wrote it, perhaps before it had all its columns. Out: the reason against a row,
+     or DataError against the file where its columns have other types.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from raykd.data.offline_scores import MASS_TOLERANCE
+from raykd.data.readers import DataError
 from raykd.types import CAWS_TIERS, EXAMPLE_SCHEMA, Example, Mark, SetKind, Source
 
 
@@ -21,7 +25,8 @@ def example_problem(table: pa.Table, index: int, vocab_size: int) -> str | None:
     if with_nulls:
         return f"`{with_nulls[0]}` holds null, expected numbers (texts in cot_steps)"
     lists = {name: values.to_numpy(zero_copy_only=False) for name, values in row.items()}
-    numbers = {name: table[name][index].as_py() for name in ("source", "top_k", "num_teacher_layers", "caws_tier")}
+    names = ("source", "top_k", "num_teacher_layers", "caws_tier", "quality", "tool_name_weight")
+    numbers = {name: table[name][index].as_py() for name in names}
     num_tokens = len(lists["input_ids"])
     if not num_tokens or len(lists["marks"]) != num_tokens:
         return f"`marks` has {len(lists['marks'])} entries for {num_tokens} tokens, expected one for each"
@@ -49,6 +54,8 @@ def example_problem(table: pa.Table, index: int, vocab_size: int) -> str | None:
         or _grammar_problem(lists, vocab_size)
         or _states_problem(lengths["teacher_hidden"], numbers["num_teacher_layers"], num_tokens)
         or ids_problem(table, index, ("input_ids", "topk_ids", "set_ids"), vocab_size)
+        or logprobs_problem(table, index, ("topk_logprobs", "log_tail", "sampled_logprobs"))
+        or _values_problem(lists["halt_targets"], numbers["quality"], numbers["tool_name_weight"])
     )
 
 
@@ -108,14 +115,56 @@ def _states_problem(num_values: int, num_layers: int, num_tokens: int) -> str | 
     return None
 
 
-def with_all_columns(table: pa.Table) -> pa.Table:
-    """The columns in their types, with those that older files of examples lack; the default stands where there is null."""
+def _values_problem(halt_targets: np.ndarray, quality: float, tool_name_weight: float) -> str | None:
+    """What is wrong with the numbers that losses take as they are. `halt_targets`: float32 [D]."""
+    for name, values in (("quality", np.array([quality])), ("halt_targets", halt_targets)):
+        wrong = values[(values < 0) | (values > 1)]
+        if len(wrong):
+            return f"`{name}` holds {wrong[0]:g}, expected numbers from 0 to 1, NaN where it is unknown"
+    if not 0 <= tool_name_weight < np.inf:
+        return f"`tool_name_weight` is {tool_name_weight:g}, expected a finite number from 0 on"
+    return None
+
+
+def check_types(path: str | Path, schema: pa.Schema) -> None:
+    """Raise DataError where a column of a file of examples can hold nothing that EXAMPLE_SCHEMA has there."""
+    for field in EXAMPLE_SCHEMA:
+        found = schema.field(field.name).type if field.name in schema.names else pa.null()
+        if not _can_hold(found, field.type):
+            raise DataError(
+                f"{path}: column `{field.name}` is {found}, expected {field.type}; write the file anew with the types of "
+                "raykd.types.EXAMPLE_SCHEMA"
+            )
+
+
+def _can_hold(found: pa.DataType, expected: pa.DataType) -> bool:
+    """Whether values of a type may be those of another: numbers of any width for numbers, texts for texts, lists of them."""
+    kinds = pa.types
+    if kinds.is_null(found):
+        return True
+    if kinds.is_list(expected):
+        is_list = kinds.is_list(found) or kinds.is_large_list(found) or kinds.is_fixed_size_list(found)
+        return is_list and _can_hold(found.value_type, expected.value_type)
+    return kinds.is_primitive(found) or (kinds.is_string(expected) and not kinds.is_nested(found))
+
+
+def with_all_columns(table: pa.Table, path: str) -> pa.Table:
+    """The columns in their types, with those that older files of examples lack; the default stands where there is null.
+
+    Raises DataError where a value of the file `path` is none of its column's type.
+    """
     defaults = {f.name: f.default for f in dataclasses.fields(Example) if f.default is not dataclasses.MISSING}
     columns = []
     for field in EXAMPLE_SCHEMA:
         default = pa.scalar([] if pa.types.is_list(field.type) else defaults.get(field.name, 0), field.type)
         if field.name in table.column_names:
-            columns.append(table[field.name].cast(field.type).fill_null(default))
+            try:
+                columns.append(table[field.name].cast(field.type).fill_null(default))
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+                raise DataError(
+                    f"{path}: column `{field.name}` does not fit {field.type}: {error}; write the file anew with the types "
+                    "of raykd.types.EXAMPLE_SCHEMA"
+                ) from error
         else:
             columns.append(pa.repeat(default, table.num_rows))
     return pa.table(columns, schema=EXAMPLE_SCHEMA)
@@ -124,8 +173,25 @@ def with_all_columns(table: pa.Table) -> pa.Table:
 def ids_problem(table: pa.Table, index: int, names: Sequence[str], vocab_size: int) -> str | None:
     """What is wrong with the ids of a row in these columns, or None."""
     for name in names:
-        values = table[name][index].values
-        ids = np.empty(0, np.int32) if values is None else values.to_numpy()
-        if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
+        ids = _numbers(table, index, name)
+        if len(ids) and not (ids.min() >= 0 and ids.max() < vocab_size):  # nor NaN, which null is here
             return f"`{name}` holds ids from {ids.min()} to {ids.max()}, expected 0 to {vocab_size - 1}: the tokenizer's"
     return None
+
+
+def logprobs_problem(table: pa.Table, index: int, names: Sequence[str]) -> str | None:
+    """What is wrong with the log-probabilities of a row in these columns, or None. Only a teacher's may be -inf."""
+    for name in names:
+        values = _numbers(table, index, name)
+        may_be_missing = name != "sampled_logprobs"
+        wrong = values[~(values <= MASS_TOLERANCE) | (np.isneginf(values) & (not may_be_missing))]  # NaN is wrong too
+        if len(wrong):
+            where_none = ", -inf where there is none" if may_be_missing else " and finite"
+            return f"`{name}` holds {wrong[0]:g}, expected log-probabilities: at most 0{where_none}"
+    return None
+
+
+def _numbers(table: pa.Table, index: int, name: str) -> np.ndarray:
+    """The list of a row; empty where it is null, or the table has no such column."""
+    values = table[name][index].values if name in table.column_names else None
+    return np.empty(0, np.int32) if values is None else values.to_numpy(zero_copy_only=False)

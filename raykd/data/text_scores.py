@@ -117,14 +117,15 @@ def judge(texts: Sequence[str], teacher_texts: Sequence[str], tiers: Sequence[in
     """The reward caws * compliance + claims * claim reward of each response, and whether it is complete.
 
     `tiers`: CAWS tier that each response is to keep. Where the teacher made no claims the second part is 0, for all
-    responses to the prompt alike.
+    responses to the prompt alike, and the quality is the compliance alone.
     """
-    reward = np.zeros(len(texts))
+    reward, most = np.zeros(len(texts)), np.full(len(texts), caws)
     if caws:
         reward += [caws * caws_compliance(*pair).score for pair in zip(texts, tiers, strict=True)]
     if claims:
         scores = np.array([claim_score(*pair).reward for pair in zip(texts, teacher_texts, strict=True)])
         reward += claims * np.nan_to_num(scores, nan=0.0)
-    quality = reward / (caws + claims) if caws + claims else np.full(len(texts), np.nan)
+        most += claims * ~np.isnan(scores)
+    quality = np.divide(reward, most, out=np.full(len(texts), np.nan), where=most > 0)
     complete = [holds_calls(*pair) for pair in zip(texts, teacher_texts, strict=True)]
     return Judged(reward, quality, np.array(complete, dtype=bool))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -23,12 +24,15 @@ from raykd.data.collate import collate_kd_batch
 from raykd.data.dataset import KDDataset, epoch_order
 from raykd.data.examples import build_examples, decode_spans, example_from_row, examples_to_table
 from raykd.data.import_logits import import_packed_logits
+from raykd.data.offline_files import take_batches
 from raykd.data.offline_rows import RowReader
 from raykd.data.offline_write import JsonlWriter, add_process_targets, offline_rows
 from raykd.data.readers import DataError
 from raykd.types import Mark, Source
 from tests.conftest import DEMO_TEACHER
 
+SCORES = {"top_k": 1, "topk_ids": [5] * 21, "topk_logprobs": [-1.0] * 20 + [-math.inf], "log_tail": [-0.5] * 20 + [0.0]}
+DECISION = {"marks": [0] * 12 + [Mark.RESPONSE] * 20 + [Mark.RESPONSE | Mark.DECISION]}
 SETS = {"set_position": [20], "set_kind": [0], "set_sizes": [2], "set_ids": [7, 8]}
 
 
@@ -110,6 +114,25 @@ def test_of_a_giant_row_group_few_rows_are_in_memory_and_come_in_the_order_asked
             {"teacher_hidden": [1.0], "num_teacher_layers": 2},
             "`teacher_hidden` has 1 values, expected a multiple of 2 layers",
         ),
+        (SCORES | {"topk_logprobs": [-1.0] * 20 + [math.nan]}, "`topk_logprobs` holds nan, expected log-probabilities"),
+        (SCORES | {"topk_logprobs": [-1.0] * 20 + [0.5]}, "`topk_logprobs` holds 0.5, expected log-probabilities"),
+        (SCORES | {"log_tail": [-1.0] * 20 + [math.nan]}, "`log_tail` holds nan, expected log-probabilities"),
+        (SCORES | {"log_tail": [-1.0] * 20 + [3.0]}, "`log_tail` holds 3, expected log-probabilities"),
+        ({"sampled_logprobs": [-0.5] * 20 + [2.0]}, "`sampled_logprobs` holds 2, expected log-probabilities"),
+        ({"sampled_logprobs": [-0.5] * 20 + [-math.inf]}, "`sampled_logprobs` holds -inf, expected log-probabilities"),
+        ({"quality": 1.5}, "`quality` holds 1.5, expected numbers from 0 to 1, NaN where it is unknown"),
+        ({"tool_name_weight": -1.0}, "`tool_name_weight` is -1, expected a finite number from 0 on"),
+        ({"tool_name_weight": math.nan}, "`tool_name_weight` is nan, expected a finite number from 0 on"),
+        (DECISION | {"halt_targets": [-0.5]}, "`halt_targets` holds -0.5, expected numbers from 0 to 1"),
+        (
+            {"input_ids": pa.array([["a"] * 33])},
+            "a.parquet: column `input_ids` is list<element: string>, expected list<item: int32>",
+        ),
+        ({"uid": pa.array(["a"])}, "a.parquet: column `uid` is string, expected int64"),
+        (
+            {"input_ids": pa.array([[2**40] * 33])},
+            "a.parquet: column `input_ids` does not fit list<item: int32>: Integer value 1099511627776 not in range",
+        ),
     ],
 )
 def test_a_bad_stored_example_is_rejected(columns, reason, tmp_path, demo_tokenizer):
@@ -118,10 +141,63 @@ def test_a_bad_stored_example_is_rejected(columns, reason, tmp_path, demo_tokeni
     table = examples_to_table([example])
     for column, value in columns.items():
         place, kind = table.schema.get_field_index(column), table.schema.field(column).type
-        table = table.set_column(place, column, pa.array([value], kind))
+        table = table.set_column(place, column, value if isinstance(value, pa.Array) else pa.array([value], kind))
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(DataError, match=re.escape(reason)):
         list(KDDataset([tmp_path / "a.parquet"], demo_tokenizer, strict=True))
+
+
+def test_stored_probabilities_may_be_missing_or_unknown_and_columns_of_a_wider_type(tmp_path, demo_tokenizer):
+    example = only(tmp_path, ROW, demo_tokenizer)
+    table = examples_to_table([example])
+    for column, value in (SCORES | DECISION | {"halt_targets": [math.nan]}).items():
+        place, kind = table.schema.get_field_index(column), table.schema.field(column).type
+        wider = pa.large_list(pa.float64()) if column == "log_tail" else pa.int64() if column == "top_k" else kind
+        table = table.set_column(place, column, pa.array([value], wider))
+    pq.write_table(table, tmp_path / "a.parquet")
+    (again,) = KDDataset([tmp_path / "a.parquet"], demo_tokenizer, strict=True)
+    assert again.topk_logprobs[:, 0].tolist() == SCORES["topk_logprobs"]
+    assert again.log_tail.tolist() == SCORES["log_tail"]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "reason"),
+    [
+        ("topk_logprobs", math.nan, "nan"),
+        ("topk_logprobs", 1.0, "1"),
+        ("log_tail", math.nan, "nan"),
+        ("log_tail", 0.25, "0.25"),
+    ],
+)
+def test_stored_teacher_output_with_scores_that_are_no_log_probabilities_is_rejected(
+    column, value, reason, tmp_path, demo_tokenizer
+):
+    rows = teacher_rows(demo_tokenizer)
+    scores = rows[column].to_pylist()
+    scores[1][2] = value
+    place, kind = rows.schema.get_field_index(column), rows.schema.field(column).type
+    pq.write_table(rows.set_column(place, column, pa.array(scores, kind)), tmp_path / "a.parquet")
+    dataset = KDDataset([tmp_path / "a.parquet"], demo_tokenizer, max_rejected_fraction=1.0)
+    assert len(list(dataset)) == 2
+    (reject,) = dataset.rejected
+    assert reject.reason == f"`{column}` holds {reason}, expected log-probabilities: at most 0, -inf where there is none"
+
+
+def test_nothing_behind_the_last_wanted_row_of_a_file_is_read(tmp_path):
+    """The pages of its second half are broken."""
+    path = tmp_path / "a.parquet"
+    values = np.random.default_rng(0).integers(0, 2**62, 20_000)
+    pq.write_table(pa.table({"value": values}), path, use_dictionary=False, data_page_size=1024, compression="none")
+    chunk = pq.ParquetFile(path).metadata.row_group(0).column(0)
+    broken = bytearray(path.read_bytes())
+    middle = chunk.data_page_offset + chunk.total_compressed_size // 2
+    broken[middle : chunk.data_page_offset + chunk.total_compressed_size] = b"\xff" * (chunk.total_compressed_size // 2)
+    path.write_bytes(broken)
+    with pq.ParquetFile(path) as file:
+        read = take_batches(file, str(path), np.array([3, 40, 41]))
+        assert [value for batch in read for value in batch["value"].to_pylist()] == values[[3, 40, 41]].tolist()
+        with pytest.raises(OSError, match="deserialize"):
+            list(take_batches(file, str(path), np.array([3, 19_000])))
 
 
 def test_a_stored_example_with_targets_of_every_kind_comes_back_and_null_is_the_default(tmp_path, demo_tokenizer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ from raykd.data.held_out import NO_PROMPT, hash_of_ids, leave_out, prompt_hashes
 from raykd.data.offline_files import index_file
 from raykd.data.offline_rows import RowReader
 from raykd.data.offline_stream import plan_offline_epoch, prepare_offline
+from raykd.data.prompt_rows import load_tokenizer
 from raykd.data.readers import DataError
 from raykd.data.sources import RowCounts, prepare_prompts
 from raykd.types import Example
@@ -55,7 +57,9 @@ def test_a_prompt_has_the_same_hash_in_every_form_of_a_file(form, tmp_path, tiny
         pq.write_table(pa.Table.from_pylist([row | {"prompt": None}, other | {"messages": None}]), path)
     else:
         path = write_lines(tmp_path / "a.jsonl", [row, other])
-    same, different = prompt_hashes(index_file(path), tokenizer)
+    index = index_file(path)
+    same, different = prompt_hashes(index.path, index.kind, index.position, tokenizer)
+    assert prompt_hashes(index.path, index.kind, index.position[1:], tokenizer).tolist() == [different]
     assert same == hash_of_ids(np.array(demo_tokenizer(prompt, add_special_tokens=False)["input_ids"]), demo_tokenizer)
     assert different not in (same, NO_PROMPT)
 
@@ -63,7 +67,7 @@ def test_a_prompt_has_the_same_hash_in_every_form_of_a_file(form, tmp_path, tiny
 def test_a_row_without_a_prompt_to_compare_is_not_held_out(tmp_path, demo_tokenizer):
     bad = [{"prompt_ids": [99_999], "output_ids": [5]}, {"messages": [{"role": "king"}], "teacher_text": "x", "uid": 7}]
     index = index_file(write_lines(tmp_path / "a.jsonl", [*bad, {"prompt": "p", "teacher_text": "t"}]))
-    hashes = prompt_hashes(index, demo_tokenizer)
+    hashes = prompt_hashes(index.path, index.kind, index.position, demo_tokenizer)
     assert (hashes == NO_PROMPT).tolist() == [True, True, False]
     (kept,), left_out = leave_out([index], [hashes], hashes)
     assert kept.line.tolist() == [1, 2]
@@ -90,8 +94,14 @@ def test_rows_whose_prompt_is_held_out_are_left_out_and_told(tmp_path, tiny_mode
     config = config_of(tmp_path, tiny_model_path, prompts=str(prompts_file), held_out=str(held_out))
     run = tmp_path / "run"
     prompts = prepare_prompts(config, run)
+    load_tokenizer.cache_clear()
     offline_set = prepare_offline(config, run, prompts)
-    assert prepare_offline(config, run, prompts) == offline_set
+    assert load_tokenizer.cache_info().currsize == 0, "the prompts are read in a task"
+    for part in (run / "prompts").glob("held_out-*.parquet"):
+        part.unlink()
+    assert prepare_offline(config, run, prompts) == offline_set, "without reading a prompt"
+    with pytest.raises(FileNotFoundError):
+        prepare_offline(config, run, replace(prompts, fingerprint="of other prompts"))
     assert (offline_set.num_train, offline_set.num_contaminated, offline_set.num_rejected) == (3, 3, 0)
     assert offline_set.counts == RowCounts(3, 6, 0)
     told = [json.loads(line) for line in (run / "rejected.jsonl").read_text().splitlines()]

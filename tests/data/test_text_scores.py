@@ -87,7 +87,8 @@ def test_rewards_are_the_weighted_scores_and_no_claims_of_the_teacher_say_nothin
     judged = judge(texts, teachers, [2, 2, 2], caws=1.0, claims=2.0)
     np.testing.assert_allclose(judged.reward, [1 + 2, math.exp(-1), 1 + 2 * 0.5])
     assert judged.complete.tolist() == [False] * 3
-    np.testing.assert_allclose(judged.quality, judged.reward / 3)
+    np.testing.assert_allclose(judged.quality, [1, math.exp(-1), 2 / 3])
+    assert np.isnan(judge(texts, teachers, [2, 2, 2], caws=0.0, claims=2.0).quality).tolist() == [False, True, False]
     assert np.isnan(judge(texts, teachers, [2, 2, 2], caws=0.0, claims=0.0).quality).all()
     assert [part.shape for part in judge([], [], [], caws=1.0, claims=1.0)] == [(0,)] * 3
 
