@@ -36,6 +36,9 @@ PATH_KEYS = (
 )
 """Options that name files. Workers run in other folders, so relative paths that exist are made absolute once, here."""
 
+OF_THE_FIRST_STAGE = ("run.name=", "init.")
+"""Overrides that mean the whole of a pipeline, not each of its stages: its name, and what its first stage goes on from."""
+
 WRITTEN = ("run.dir", "data.teacher_cache", "init.from")
 """Those of them that a run makes, or a run before it: made absolute also where nothing is there yet."""
 
@@ -144,10 +147,10 @@ def load_configs(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> 
     for number, stage in enumerate(stages, 1):
         own, own_origins = copy.deepcopy(merged), dict(origins)
         name = f"{merged.get('run', {}).get('name', RunConfig().name)}-{stage.get('stage', 'kd')}"
-        before = {"init": {"from": str(run_folder(configs[-1]))}} if configs else {}
+        before = {"init": {"from": str(run_folder(configs[-1])), "mode": "stage"}} if configs else {}
         _merge(own, {"run": {"name": name}} | before, own_origins, "pipeline")
         _merge(own, stage, own_origins, f"{_origin('pipeline', origins)}, stage {number} of the pipeline")
-        _merge_overrides(own, [word for word in overrides if not word.startswith("run.name=")], own_origins)
+        _merge_overrides(own, [word for word in overrides if not word.startswith(OF_THE_FIRST_STAGE)], own_origins)
         configs.append(_validated(own, own_origins))
     names = [config.run.name for config in configs]
     if twice := sorted({name for name in names if names.count(name) > 1}):

@@ -30,7 +30,7 @@ import ray
 from ray.data import ActorPoolStrategy, Dataset
 from ray.exceptions import RayTaskError
 
-from raykd.cli import exit_code, open_run, parse, run_folder, start_ray
+from raykd.cli import CONFIG_FILE, check_same_run, exit_code, open_run, parse, run_folder, start_ray
 from raykd.config import Config
 from raykd.data.cache import TeacherCache
 from raykd.data.offline_write import JsonlWriter, ParquetWriter, add_process_targets, offline_rows
@@ -50,6 +50,7 @@ from raykd.data.stream import (
 )
 from raykd.tracing import quiet_ray
 from raykd.training.preflight import check_resources
+from raykd.training.stages import resolve
 from teacher_serving.actor import teacher_stage
 from teacher_serving.identity import vocabulary_fingerprint
 
@@ -194,7 +195,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise DataError("data.offline holds the responses already: there is nothing to collect; expected data.prompts")
     if own.parquet and not own.parquet.endswith((".parquet", ".pq")):
         raise DataError(f"--parquet {own.parquet}: data.offline tells the format by the name; expected one in .parquet")
-    folder = open_run(config, resume=(run_folder(config) / "config.yaml").exists())
+    config, _ = resolve(config)
+    folder = run_folder(config)
+    if (folder / CONFIG_FILE).exists():
+        check_same_run(config)
+    else:
+        open_run(config)
     quiet_ray()
     start_ray(config)
     check_resources(config, ray.cluster_resources(), with_workers=False)

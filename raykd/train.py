@@ -52,13 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     configs = [without_tune(config) for config in load_configs(*words)]
     if args.plan:
         for config in configs:
-            plan_run(config)
+            plan_run(as_planned(config, configs))
         return 0
+    for config in configs if len(configs) > 1 else ():
+        check(as_planned(config, configs))  # what is wrong with a later stage is said before the first one runs
     for number, config in enumerate(configs):
         begun = len(configs) > 1 and (run_folder(config) / CONFIG_FILE).exists()
         if begun and is_finished(config):
             logger.info("stage %d of %d, %s, is done", number + 1, len(configs), config.run.name)
-        elif code := run_stage(config, resume=args.resume or begun):
+        elif code := run_stage(config, resume=begun if len(configs) > 1 else args.resume):
             return code
     return 0
 
@@ -72,9 +74,20 @@ def is_finished(given: Config) -> bool:
     return manifest is not None and manifest.checkpoint is not None and manifest.parent == identity
 
 
-def plan_run(given: Config) -> None:
-    """Print what would run. The student of a stage that has not run yet is taken to be the config's own."""
-    config = resolve(given)[0] if given.init.from_ is None or Path(given.init.from_).exists() else given
+def as_planned(given: Config, pipeline: Sequence[Config]) -> Config:
+    """The config as it would run. Where the stage before is still to run, or to end, the student is the config's own."""
+    before = given.init.from_
+    if before is not None and not Path(before).exists():
+        return given
+    if before in {str(run_folder(config)) for config in pipeline}:
+        manifest = read_manifest(Path(before))
+        if manifest is None or manifest.checkpoint is None:
+            return given
+    return resolve(given)[0]
+
+
+def plan_run(config: Config) -> None:
+    """Print what would run."""
     plan = check(config)
     cluster = ray.cluster_resources() if connect_ray(config) else None
     print_summary(config, plan, numbers=None, cluster=cluster)

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import save_file
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
+from raykd.cli import load_config
 from raykd.train import main as train
 
 ROOT = Path(__file__).parents[1]
@@ -70,24 +70,21 @@ def overrides(files: list[Path], folder: Path) -> list[str]:
     """What points a recipe at the stand-ins and at files that exist."""
     row = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "Hello."}]}
     (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    text = yaml.safe_dump([yaml.safe_load(file.read_text()) for file in files])
-    names = [name for name in MODELS if f"models/{name}" in text]
-    teacher = next(name for name in names if f"model: models/{name}" in text and _is_teacher(files, name))
-    student = next((name for name in names if name != teacher), None)
-    rows = folder / "rows.jsonl"
-    words = [f"teacher.model={folder / teacher}", f"data.prompts={rows}", f"data.held_out={rows}", f"run.dir={folder}"]
-    return words + ([f"student.model={folder / student}"] if student else [f"student.tokenizer={folder / teacher}"])
-
-
-def _is_teacher(files: list[Path], name: str) -> bool:
-    return any(yaml.safe_load(file.read_text()).get("teacher", {}).get("model") == f"models/{name}" for file in files)
+    config, rows = load_config(files), folder / "rows.jsonl"
+    named = {
+        "teacher.model": config.teacher.model,
+        "student.model": config.student.model,
+        "student.tokenizer": config.student.tokenizer,
+    }
+    models = [f"{key}={folder / Path(path).name}" for key, path in named.items() if path and Path(path).name in MODELS]
+    return [*models, f"data.prompts={rows}", f"data.held_out={rows}", f"run.dir={folder}"]
 
 
 def main() -> None:
     """Plan the recipes that are named, or all, and the later stages on top of one of them."""
     configs = ROOT / "configs"
     recipes = sorted(file.stem for file in configs.glob("*.yaml") if "models/" in file.read_text())
-    recipes += [f"{recipes[-1]} + {stage}" for stage in STAGES]
+    recipes += [f"qwen3_8b_to_0.6b + {stage}" for stage in STAGES]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for model, architecture in MODELS.items():

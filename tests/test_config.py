@@ -213,6 +213,9 @@ def test_a_pipeline_is_a_config_for_each_stage_and_each_goes_on_from_the_one_bef
     assert {config.train.epochs for config in (kd, process, qat)} == {3}
     assert process.loss.tool_name == 1.0
     assert qat.loss.tool_name == 0.0, "what a stage has of its own is its own"
+    before = load_configs([minimal, pipeline], ["run.name=x", "init.from=earlier", "init.mode=init"])
+    assert [Path(config.init.from_ or "").name for config in before] == ["earlier", "x-kd", "x-process"]
+    assert [config.init.mode for config in before] == ["init", "stage", "stage"], "what is given is for the first stage"
     with pytest.raises(ConfigError, match="a pipeline of 3 stages"):
         load_config([minimal, pipeline])
 

@@ -6,6 +6,8 @@ import json
 import logging
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -87,7 +89,7 @@ def train(files: list[str], *options: str) -> tuple[int, list[Config]]:
     small += ["teacher.max_num_seqs=8", "teacher.batch_size=6", "teacher.concurrent_batches=1"]
     small += ["teacher.sampling.max_tokens=40", *options]
     paths = [str(ROOT / "configs" / file) for file in files]
-    return main(["--config", *paths, *small]), load_configs(paths, small)
+    return main(["--config", *paths, *small]), load_configs(paths, [word for word in small if "=" in word])
 
 
 def check_run(config: Config) -> None:
@@ -126,7 +128,7 @@ def test_the_pipeline_trains_its_four_stages_and_goes_on_where_it_stopped(demo_w
     kept = {config.run.name: finished(config) for config in configs[:3]}
     caplog.clear()
     caplog.set_level(logging.INFO, logger="raykd.train")
-    assert train(["pipeline.yaml"])[0] == 0
+    assert train(["pipeline.yaml"], "--resume")[0] == 0  # with the flag, which stages that have not begun do not need
     assert [record.message for record in caplog.records if "is done" in record.message] == [
         f"stage {number} of 4, {name}, is done" for number, name in enumerate(kept, 1)
     ]
@@ -137,3 +139,15 @@ def test_the_pipeline_trains_its_four_stages_and_goes_on_where_it_stopped(demo_w
 def finished(config: Config) -> str:
     """What a stage says of itself at its end."""
     return (Path(config.run.dir) / config.run.name / "manifest.json").read_text()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_what_make_plan_runs_plans_a_recipe_and_a_stage_on_top_of_it():
+    """With stand-ins of the true sizes: the numbers of parameters are the published ones."""
+    names = ["worker_9b", "qwen3_8b_to_0.6b + quant_qat_int8"]
+    found = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "plan.py", *names], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for words in ("8,047,038,464 parameters", "596,049,920 parameters", "stage: qat", "on GPUs"):
+        assert words in found.stdout, words
