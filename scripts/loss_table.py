@@ -268,8 +268,14 @@ def fixed_batches(trainer: Trainer, feed: Feed, world: World, rows: pa.Table | N
     rows = world.train.slice(0, 160) if rows is None else rows  # so many that every loss has something to look at
     batches = feed.batches(rows)
     if trainer.config.rollouts.prompts_per_step:
-        batches += sampled(trainer, feed, world, rows, 0).batches
+        batches += sampled(asking_more(trainer, 24), feed, world, rows, 0).batches
     return batches if trainer.reference is None else with_reference(trainer.reference, batches, trainer.autocast())
+
+
+def asking_more(trainer: Trainer, num_prompts: int) -> Trainer:
+    """The trainer with so many prompts to answer: of few, all answers may earn the same."""
+    options = trainer.config.rollouts.model_copy(update={"prompts_per_step": num_prompts})
+    return replace(trainer, config=trainer.config.model_copy(update={"rollouts": options}))
 
 
 def one_step(trainer: Trainer, batches: Sequence[Batch]) -> dict[str, float]:
@@ -314,9 +320,7 @@ def held_out_metrics(trainer: Trainer, feed: Feed, world: World) -> dict[str, fl
     if "code_mode_preference" in trainer.config.loss.weights:
         metrics["code_less_calls"] = metrics["code_mode_logprob"] - metrics["direct_tool_logprob"]
     if trainer.config.rollouts.prompts_per_step:
-        options = trainer.config.rollouts.model_copy(update={"prompts_per_step": 48})
-        asking = replace(trainer, config=trainer.config.model_copy(update={"rollouts": options}))
-        numbers = sampled(asking, feed, world, world.held_out, seed=0).numbers
+        numbers = sampled(asking_more(trainer, 48), feed, world, world.held_out, seed=0).numbers
         metrics["reward"] = numbers["reward"] / numbers["rollouts"]
         metrics["rollout_length"] = numbers["rollout_tokens"] / numbers["rollouts"]
     return metrics
@@ -325,13 +329,16 @@ def held_out_metrics(trainer: Trainer, feed: Feed, world: World) -> dict[str, fl
 def measure_cost(config: Config, world: World, folder: Path, repeats: int = 40) -> dict[str, Any]:
     """CPU time of a step with all losses over that of a step with kd alone, in turn.
 
-    `same_rows`: of the losses, on the same rows. `whole_step`: also of what they bring along, the rejected halves of pairs,
-    the reference's opinion of them, and the student's own answers, whose sampling counts once in `rollouts.every` steps.
+    `own_rows`: both on the rows that kd has. `same_rows`: both also on the rows that only other losses look at, the
+    rejected halves of pairs and the student's own answers. `whole_step`: kd on its rows, all on theirs, with the
+    reference's opinion of pairs and the sampling of answers, once in `rollouts.every` steps.
     """
     kd_alone, every_loss = (trainer_of(made, str(folder), repeats) for made in (alone(config, "kd"), config))
     reference = every_loss.reference
     assert reference is not None, "demo_all has pairs"
-    seconds: dict[str, list[float]] = {name: [] for name in ("kd", "kd_same_rows", "all", "reference", "sampling")}
+    seconds: dict[str, list[float]] = {
+        name: [] for name in ("kd", "all_own_rows", "kd_same_rows", "all", "reference", "sampling")
+    }
 
     @contextlib.contextmanager
     def timed(name: str) -> Iterator[None]:
@@ -350,6 +357,7 @@ def measure_cost(config: Config, world: World, folder: Path, repeats: int = 40) 
             batches = batches + sampled(every_loss, feed, world, rows, number).batches
         for name, trainer, given in (
             ("kd", kd_alone, own),
+            ("all_own_rows", every_loss, own),
             ("kd_same_rows", kd_alone, batches),
             ("all", every_loss, batches),
         ):
@@ -359,6 +367,7 @@ def measure_cost(config: Config, world: World, folder: Path, repeats: int = 40) 
     whole = ms["all"] + ms["reference"] + ms["sampling"].mean() / config.rollouts.every
     return {
         "losses": sorted(config.loss.weights),
+        "own_rows": float(np.median(ms["all_own_rows"] / ms["kd"])),
         "same_rows": float(np.median(ms["all"] / ms["kd_same_rows"])),
         "whole_step": float(np.median(whole / ms["kd"])),
         "cpu_ms": {name: float(np.median(values)) for name, values in ms.items()},
@@ -380,9 +389,10 @@ def table(rows: Sequence[Measured], cost: Mapping[str, Any], num_steps: int) -> 
     ms = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in cost["cpu_ms"].items())
     lines += [
         "",
-        f"A step with all {len(cost['losses'])} losses takes {cost['same_rows']:.3f} times the CPU time of one with kd "
-        f"alone, on the same rows, and {cost['whole_step']:.2f} times with what they bring along: rejected halves, the "
-        f"reference's opinion of them, the student's own answers (medians in ms: {ms}).",
+        f"A step with all {len(cost['losses'])} losses takes {cost['own_rows']:.3f} times the CPU time of one with kd "
+        f"alone, on the rows that kd has, {cost['same_rows']:.3f} times where both also train on the rejected halves of "
+        f"pairs and the student's own answers, and {cost['whole_step']:.2f} times with all that they bring along: these "
+        f"rows, the reference's opinion of pairs, sampling (medians in ms: {ms}).",
     ]
     return "\n".join(lines) + "\n"
 

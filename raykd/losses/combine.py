@@ -77,10 +77,11 @@ def combine(
     hidden = output.hidden.flatten(0, 1).index_select(0, batch.response_index - 1)
     ids, support = sweep_columns(batch, config, context)
     weights, of_metrics = sweep_weights(batch, config, context), metric_weights(batch, config)
+    terms = config.terms
 
     def rows_loss(rows: HeadRows) -> tuple[Tensor, Tensor]:
         parts = sweep_parts(rows, batch, config, context, weights)
-        weighted = [config.terms[name] * divide(part.sum, counts[name]) for name, part in parts.items()]
+        weighted = [terms[name] * divide(part.sum, counts[name]) for name, part in parts.items()]
         total = torch.stack(weighted).sum() if weighted else _graph_only(rows)
         with torch.no_grad():
             metrics = metric_values(rows, batch, of_metrics)
@@ -92,7 +93,7 @@ def combine(
     )
     sums = dict(zip((*weights, *(f"metric/{name}" for name in of_metrics)), swept.unbind(), strict=True))
     for name, value in beside_sums(batch, output, hidden, head, config, context).items():
-        total = total + config.terms[name] * divide(value, counts[name])
+        total = total + terms[name] * divide(value, counts[name])
         sums[name] = value.detach()
     own_counts = _counts(batch, config, weights)
     metrics = {name: TokenLoss(sums[f"metric/{name}"], weight.sum()) for name, weight in of_metrics.items()}

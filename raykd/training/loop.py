@@ -62,14 +62,13 @@ def fit(
     `max_skipped_steps` skipped steps in a row.
     """
     progress, limit = trainer.progress, trainer.config.train.max_steps
-    first, supervised = progress.step, set[str]()
     stopped = False
     while limit is None or progress.step < limit:
+        trainer.quantize_now()
         rows = feed.next_step()  # blocks while the teacher is slower
         sampled = rollouts.rows(rows.table, progress.step) if rollouts else RolloutRows([], {})
         batches = _judged(trainer, rows.batches) + sampled.batches
         losses = trainer.losses_now()
-        trainer.quantize_now()
         measured = trainer.loss_state.measure(batches, losses)
         counted = count_tokens(batches, losses, trainer.context)
         agreed = trainer.ranks.sum(rows.numbers | sampled.numbers | {"stop": stop()} | counted | measured)
@@ -84,13 +83,13 @@ def fit(
         trainer.meters.add_numbers(agreed)
         progress.sequences += int(agreed["sequences"])
         progress.response_tokens += int(agreed["response_tokens"])
-        supervised |= {term for term in losses.terms if agreed[term]}
+        progress.supervised = sorted({*progress.supervised, *(term for term in losses.terms if agreed[term])})
         if progress.step == trainer.config.train.log_every:
-            _tell_idle(trainer, supervised, progress.step - first)
+            _tell_idle(trainer, at_end=False)
         _once_in_a_while(trainer, feed, log, at_end=False)
     _tell_missing(trainer, feed)
-    if progress.step != trainer.config.train.log_every:
-        _tell_idle(trainer, supervised, progress.step - first)
+    if not stopped and (progress.epoch == trainer.config.train.epochs - 1 or progress.step == limit):
+        _tell_idle(trainer, at_end=True)
     if stopped:  # whoever stops a run wants it to be quick
         trainer.save()
     else:
@@ -106,10 +105,11 @@ def _tell_missing(trainer: Trainer, feed: Feed) -> None:
             logger.info("%s found no target in some of %d samples: %s", loss, total, "; ".join(reasons))
 
 
-def _tell_idle(trainer: Trainer, supervised: set[str], num_steps: int) -> None:
-    """Say at the first log entry and at the end which losses nothing was for, over all ranks."""
-    if trainer.ranks.rank == 0 and num_steps:
-        tell_idle(trainer.config.loss, supervised, num_steps)
+def _tell_idle(trainer: Trainer, *, at_end: bool) -> None:
+    """Say at the first log entry and at the end of the run which losses nothing was for, over all ranks."""
+    progress = trainer.progress
+    if trainer.ranks.rank == 0 and progress.step:
+        tell_idle(trainer.config.loss, progress.supervised, progress.step, at_end=at_end)
 
 
 def step(trainer: Trainer, batches: list[Batch], counts: Mapping[str, Tensor], losses: LossConfig) -> None:

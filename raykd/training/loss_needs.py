@@ -38,12 +38,14 @@ NEEDS = {
 }
 
 
-def tell_idle(losses: LossConfig, supervised: Collection[str], num_steps: int) -> None:
-    """Warn of each loss of which no term is among those that were `supervised`, had a token, in so many steps."""
+def tell_idle(losses: LossConfig, supervised: Collection[str], num_steps: int, *, at_end: bool) -> None:
+    """Say of each loss of which no term is among the `supervised` ones, which had a token, in the first or in all steps."""
     idle = losses.weights.keys() - {term.partition("/")[0] for term in supervised}
     for name in losses.weights:
-        if name in idle:
+        if name in idle and at_end:
             logger.warning(
-                "loss.%s=%g has had no token in %d steps and changes nothing: it needs %s; give such data, or set it to 0",
+                "loss.%s=%g has had no token in all %d steps, changed nothing: it needs %s; give such data, or set it to 0",
                 name, losses.weights[name], num_steps, NEEDS[name],
             )  # fmt: skip
+        elif name in idle:
+            logger.warning("loss.%s has had no token in the first %d steps: it needs %s", name, num_steps, NEEDS[name])

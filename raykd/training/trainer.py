@@ -60,6 +60,7 @@ class Progress:
     response_tokens: int = 0
     skipped_steps: int = 0  # whose loss or gradient was not finite
     skipped_in_a_row: int = 0
+    supervised: list[str] = field(default_factory=list)  # terms of losses that have had a token, sorted
 
 
 @dataclass

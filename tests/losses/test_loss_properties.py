@@ -154,29 +154,50 @@ def shares() -> list[list[list[list[Example]]]]:
     return [[[[one], pair], [[two, three]]], [[[one, two, three, *pair]], [[BARE]]]]
 
 
+ON_WORKERS = [EVERYTHING, *(alone(name) for name in LOSSES), alone("kd", kd_support="full")]
+
+
 def run_worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     ranks = Ranks.of_process_group()
-    for number, share in enumerate(shares()):
-        model = Model()
-        replica, context = DistributedDataParallel(model), context_of(model)
-        batches = [collate_kd_batch(group, pad_id=0) for group in share[rank]]
-        counted = [loss_counts(batch, EVERYTHING, context) for batch in batches]
-        counts = ranks.sum({name: sum(count[name].item() for count in counted) for name in EVERYTHING.terms})
-        for index, batch in enumerate(batches):
-            replica.require_backward_grad_sync = index == len(batches) - 1
-            head = Head(model.head.weight, model.head.bias)
-            report = combine(batch, replica(batch), head, EVERYTHING, counts, context)
-            (report.total * ranks.world_size).backward()
-        if rank == 0:
-            torch.save({name: p.grad for name, p in model.named_parameters()}, f"{folder}/{number}.pt")
+    for index, config in enumerate(ON_WORKERS):
+        for number, share in enumerate(shares()):
+            gradients = gradients_on_workers(config, share, ranks)
+            if rank == 0:
+                torch.save(gradients, f"{folder}/{index}-{number}.pt")
     dist.destroy_process_group()
 
 
-def test_workers_change_nothing_also_where_one_has_nothing_to_learn_from(tmp_path: Path):
+def gradients_on_workers(config: LossConfig, share: list[list[list[Example]]], ranks: Ranks) -> dict[str, Tensor]:
+    """Gradients of one step over this rank's micro-batches and the other's.
+
+    All losses together through DDP; a loss alone does not reach all parameters, so that they are added up here.
+    """
+    model, through_ddp = Model(), config is EVERYTHING
+    replica, context = DistributedDataParallel(model) if through_ddp else model, context_of(model)
+    batches = [collate_kd_batch(group, pad_id=0) for group in share[ranks.rank]]
+    counted = [loss_counts(batch, config, context) for batch in batches]
+    counts = ranks.sum({name: sum(count[name].item() for count in counted) for name in config.terms})
+    for index, batch in enumerate(batches):
+        if isinstance(replica, DistributedDataParallel):
+            replica.require_backward_grad_sync = index == len(batches) - 1
+        head = Head(model.head.weight, model.head.bias)
+        report = combine(batch, replica(batch), head, config, counts, context)
+        (report.total * (ranks.world_size if through_ddp else 1)).backward()
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    if not through_ddp:
+        for gradient in gradients.values():
+            dist.all_reduce(gradient)
+    return gradients
+
+
+def test_workers_change_nothing_for_any_loss_also_where_one_has_nothing_to_learn_from(tmp_path: Path):
     torch.multiprocessing.spawn(run_worker, (str(tmp_path),), nprocs=2)
-    for number, share in enumerate(shares()):
-        _, alone_gradients = run([[example for groups in share for group in groups for example in group]], EVERYTHING)
-        for name, gradient in torch.load(tmp_path / f"{number}.pt").items():
-            torch.testing.assert_close(gradient, alone_gradients[name], rtol=1e-5, atol=1e-8)
+    for index, config in enumerate(ON_WORKERS):
+        for number, share in enumerate(shares()):
+            _, expected = run([[example for groups in share for group in groups for example in group]], config)
+            for name, gradient in torch.load(tmp_path / f"{index}-{number}.pt").items():
+                message = f"{name_of(config)}: {name}"
+                atol = 1e-8 * max(expected[name].abs().max().item(), 1e-3)  # no loss hides behind a larger one
+                torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=atol, msg=message)

@@ -269,18 +269,35 @@ def test_a_loss_that_has_had_no_token_is_told_at_the_first_log_entry_and_at_the_
         run(config, tmp_path / "short", [make_rows(16)])
         run(make_config(student_path), tmp_path / "all", [make_rows(8)])
     told = [record.getMessage() for record in caplog.records]
-    assert [message.partition(" and changes nothing")[0] for message in told] == [
-        f"loss.{name} has had no token in {steps} steps"
-        for steps in (2, 3, 2)
-        for name in ("copy_mass=0", "halt=0.5")
-    ]  # fmt: skip
+    assert [message.partition(": it needs")[0] for message in told] == [
+        "loss.copy_mass has had no token in the first 2 steps",
+        "loss.halt has had no token in the first 2 steps",
+        "loss.copy_mass=0 has had no token in all 3 steps, changed nothing",
+        "loss.halt=0.5 has had no token in all 3 steps, changed nothing",
+        "loss.copy_mass has had no token in the first 2 steps",
+        "loss.halt has had no token in the first 2 steps",
+        "loss.copy_mass=0 has had no token in all 2 steps, changed nothing",
+        "loss.halt=0.5 has had no token in all 2 steps, changed nothing",
+    ]
     assert "it needs responses that copy values of tool results" in told[0]
+
+
+def test_what_had_a_token_is_known_after_a_restart_and_nothing_is_told_before_the_last_epoch(student_path, tmp_path, caplog):
+    config = make_config(student_path, loss={"halt": 0.5}, train={"checkpoint_every": 1, "epochs": 2})
+    asked = iter([False, True])
+    with caplog.at_level("WARNING", logger="raykd.training.loss_needs"):
+        run(config, tmp_path, [make_rows(24)], stop=lambda: next(asked))
+        trainer, _ = run(config, tmp_path, [make_rows(24)])
+    assert trainer.progress.step == 3
+    assert {"kd", "ce_teacher", "tool_name"} <= set(trainer.progress.supervised)
+    told = [record.getMessage().partition(" has had")[0] for record in caplog.records]
+    assert told == ["loss.halt"], "at the first log entry; this was the first of two epochs"
 
 
 def test_a_loss_of_several_parts_is_idle_only_where_none_has_had_a_token(caplog):
     losses = LossConfig(kd=1.0, length_aware=0.5, code_mode_preference=0.5)
     with caplog.at_level("WARNING", logger="raykd.training.loss_needs"):
-        tell_idle(losses, {"kd", "length_aware/excess"}, 7)
+        tell_idle(losses, {"kd", "length_aware/excess"}, 7, at_end=True)
     assert [record.getMessage().split("=")[0] for record in caplog.records] == ["loss.code_mode_preference"]
     assert set(NEEDS) == set(LOSSES)
 
