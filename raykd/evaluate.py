@@ -26,9 +26,16 @@ from raykd.evaluation.report import write_report
 from raykd.evaluation.results import METRICS, Results, fact_rows, format_estimate, speed_note
 from raykd.evaluation.runner import evaluate
 from raykd.sample_config import LatentConfig
-from raykd.stage_config import QuantizationConfig
 from raykd.tracing import quiet_ray
-from raykd.training.checkpoint import HEADS, STATE, STUDENT, latest_checkpoint, read_state, verify
+from raykd.training.checkpoint import (
+    HEADS,
+    STUDENT,
+    find_checkpoint,
+    latest_checkpoint,
+    read_state,
+    trained_quantization,
+    verify_student,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -79,21 +86,19 @@ def find_model(path: Path) -> ModelFiles:
 
     Errors: CheckpointError for a damaged checkpoint.
     """
-    checkpoint = path if (path / STATE).is_file() else latest_checkpoint(path)
+    checkpoint = find_checkpoint(path)
     folder = path if checkpoint is None else checkpoint / STUDENT
     heads = folder / HEADS if checkpoint is None else checkpoint / HEADS
     files = ModelFiles(folder, heads if heads.is_file() else None)
     if checkpoint is None:
         return files
-    verify(checkpoint)
+    verify_student(checkpoint)
     state = read_state(checkpoint)
     trained = state["config"]
-    quantization = QuantizationConfig.model_validate(trained.get("quantization", {}))
     latent = LatentConfig.model_validate(trained.get("latent", {}))
-    is_int8 = trained.get("stage") == "qat" and state["step"] > quantization.start_step
     return replace(
         files,
-        quantization=quantization if is_int8 else None,
+        quantization=trained_quantization(state),
         precision=trained["train"]["precision"],
         latent=latent if latent.stages else None,
     )

@@ -12,7 +12,6 @@ out only if it is served as trained.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.metadata
 import logging
 import os
@@ -35,6 +34,7 @@ from raykd.cli import ConfigError, exit_code, start_ray
 from raykd.code_version import code_version
 from raykd.config import Config, StudentConfig
 from raykd.evaluation.model_card import Card, model_card
+from raykd.evaluation.models import weight_bytes
 from raykd.evaluation.prompts import load_judged_prompts
 from raykd.evaluation.results import RESULTS_FILE, load_results
 from raykd.evaluation.serving import BLACKWELL, GREEDY_TOKENS, ServingError, check_serving
@@ -43,7 +43,18 @@ from raykd.stage_config import QuantizationConfig
 from raykd.student.int8_files import export_int8, int8_names, int8_section, is_int8, weight_files
 from raykd.student.model import Student, count_parameters, load_student, on_meta
 from raykd.student.quantization import int8_layers
-from raykd.training.checkpoint import HEADS, MANIFEST, STATE, STUDENT, latest_checkpoint, read_state, verify, write_json
+from raykd.training.checkpoint import (
+    HEADS,
+    MANIFEST,
+    STUDENT,
+    find_checkpoint,
+    list_files,
+    read_state,
+    sha256,
+    trained_quantization,
+    verify_student,
+    write_json,
+)
 from raykd.vocabulary import compare_vocabularies, remap_ids
 from teacher_serving.config import VllmTeacherConfig
 from teacher_serving.identity import context_limit, describe, read_model_config
@@ -65,16 +76,11 @@ class Source:
     checkpoint: Path | None
     config: Config | None  # of the run; None for a plain folder
     step: int = 0
+    quantization: QuantizationConfig | None = None  # that it was trained with; None: in float
 
     @property
     def run(self) -> Path | None:
         return None if self.checkpoint is None else self.checkpoint.parent.parent
-
-    @property
-    def is_int8(self) -> bool:
-        """Whether it was trained in INT8."""
-        config = self.config
-        return config is not None and config.stage == "qat" and self.step > config.quantization.start_step
 
     @property
     def heads(self) -> Path | None:
@@ -128,11 +134,12 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, An
 
 def find_source(path: Path) -> Source:
     """The checkpoint or model that `path` means, verified. Errors: ConfigError, CheckpointError."""
-    checkpoint = path if (path / STATE).is_file() else latest_checkpoint(path)
+    checkpoint = find_checkpoint(path)
     if checkpoint is not None:
-        verify(checkpoint)
+        verify_student(checkpoint)
         state = read_state(checkpoint)
-        return Source(checkpoint / STUDENT, checkpoint, Config.model_validate(state["config"]), state["step"])
+        config = Config.model_validate(state["config"])
+        return Source(checkpoint / STUDENT, checkpoint, config, state["step"], trained_quantization(state))
     if not (path / "config.json").is_file():
         raise ConfigError(
             f"--from {path}: found neither checkpoints nor a config.json, expected a run folder, a checkpoint or a Hugging "
@@ -149,7 +156,7 @@ def find_target(source: Source, folder: Path, form: str | None, overrides: dict[
         raise ConfigError(f"--out {folder}: it exists already and nothing is overwritten; choose another or remove it")
     saved = read_model_config(source.model).get("dtype") or "float32"
     own = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
-    form = form or ("int8" if source.is_int8 else own.get(saved))
+    form = form or ("int8" if source.quantization else own.get(saved))
     if form is None:
         raise ConfigError(f"{source.model} is saved in {saved}, expected bfloat16 or float32: choose a --format")
     if form != "int8":
@@ -158,7 +165,7 @@ def find_target(source: Source, folder: Path, form: str | None, overrides: dict[
                 f"quantization.{min(overrides)} has no effect with --format {form}; leave it out, or export int8"
             )
         return Target(folder, form, DTYPES[form], None, keep_heads)
-    trained = source.config.quantization if source.config is not None and source.is_int8 else None
+    trained = source.quantization
     quantization = _quantization((trained.model_dump() if trained else {}) | overrides)
     if trained is not None and quantization != trained:
         logger.warning("the student was trained with %s: with other settings it is not served as trained", trained)
@@ -227,7 +234,7 @@ def _describe(source: Source, target: Target, folder: Path, serving: ServingRepo
         format=target.format,
         origin=_origin(source, target),
         num_parameters=count_parameters(AutoConfig.from_pretrained(source.model)),
-        weight_bytes=sum(file.stat().st_size for file in weight_files(folder)),
+        weight_bytes=weight_bytes(folder),
         heads=(folder / HEADS).exists(),
         int8=int8,
         results=load_results(source.run / "report") if has_results and source.run is not None else None,
@@ -240,11 +247,11 @@ def _describe(source: Source, target: Target, folder: Path, serving: ServingRepo
         "dtype": target.dtype_name,
         "int8": int8,
         "source": f"{source.run.name}/{checkpoint.name}" if source.run and checkpoint else source.model.name,
-        "checkpoint_sha256": None if checkpoint is None else _sha256(checkpoint / MANIFEST),
+        "checkpoint_sha256": None if checkpoint is None else sha256(checkpoint / MANIFEST),
         "serving": None if serving is None else asdict(serving),
         "code": code_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "files": {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())},
+        "files": list_files(folder),
     }
     write_json(folder / MANIFEST, manifest)
 
@@ -256,12 +263,7 @@ def _origin(source: Source, target: Target) -> str:
         made = f"Distilled by run {source.config.run.name}, stage {source.config.stage}, step {source.step:,}"
     if target.quantization is None:
         return f"{made}."
-    return f"{made}, trained in INT8." if source.is_int8 else f"{made}, quantised after training."
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return f"{made}, trained in INT8." if source.quantization else f"{made}, quantised after training."
 
 
 # --- is it served as trained? ---------------------------------------------------------------------------------------------
@@ -297,7 +299,8 @@ def _start_ray(config: Config | None) -> None:
 def _sequences(source: Source) -> list[np.ndarray]:
     """The held-out prompts of the run, else the text of this file's package, in the student's ids."""
     tokenizer = AutoTokenizer.from_pretrained(source.model)
-    longest = min(CHECKED_TOKENS, context_limit(source.model) - GREEDY_TOKENS - 1)
+    limit = context_limit(source.model)  # 0: not said
+    longest = min(CHECKED_TOKENS, limit - GREEDY_TOKENS - 1) if limit else CHECKED_TOKENS
     config = source.config
     if config is not None and config.data.prompts and config.data.held_out and Path(config.data.held_out).exists():
         prompts = load_judged_prompts(config, describe(config.teacher)).table().slice(0, CHECKED_SEQUENCES)

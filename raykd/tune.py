@@ -26,7 +26,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -286,19 +286,15 @@ class Trial(tune.Trainable):
         if self._record.state not in ("done", "stopped") and not (self._sweep / STOP_FILE).exists():
             self._keep(state="unfinished", message="", attempts=self._record.attempts + 1)
             (self._folder / STOP_FILE).unlink(missing_ok=True)
-            self._run = off_the_main_thread(self._training())
+            self._run = off_the_main_thread(self._train)
 
-    def _training(self) -> Callable[[], int]:
-        """What trains, and returns the exit code of raykd.train."""
+    def _train(self) -> int:
+        """What the thread does; the exit code of raykd.train. Errors: `_end` tells them apart."""
         run = trial_config(self._config, self._sweep, self._record)
         if not any(path.startswith("data.") for path in self._record.settings):
             share_rows(self._sweep, self._folder)
-
-        def train() -> int:
-            with open(self._folder / "summary.txt", "w") as file, contextlib.redirect_stdout(file):
-                return run_stage(run, resume=(self._folder / CONFIG_FILE).exists())
-
-        return train
+        with open(self._folder / "summary.txt", "w") as file, contextlib.redirect_stdout(file):
+            return run_stage(run, resume=(self._folder / CONFIG_FILE).exists())
 
     def step(self) -> dict[str, Any]:
         """Wait for the next value of the metric, or for the end of the run."""

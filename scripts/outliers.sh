@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
-student=$(ls -d runs/pipeline-answer/checkpoints/checkpoint-*/student | tail -n 1)
+student=runs/pipeline-export/float
 copy=runs/outliers-float
 rm -rf "$copy" runs/outliers-qat runs/outliers-post-training
 

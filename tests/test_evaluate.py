@@ -1,6 +1,7 @@
 import hashlib
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -240,6 +241,13 @@ def test_a_run_is_its_newest_checkpoint_and_brings_its_heads(trained, tiny_model
     assert find_model(older) == ModelFiles(older / "student", older / "heads.safetensors")
     assert find_model(newest / "student") == ModelFiles(newest / "student")  # a plain folder, without what lies beside it
     assert find_model(tiny_model_path) == ModelFiles(tiny_model_path)
+
+
+def test_a_model_is_found_without_its_optimizer(trained, tmp_path):
+    checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-4"
+    shutil.copytree(trained / "checkpoints" / "checkpoint-4", checkpoint)
+    (checkpoint / "optimizer.safetensors").unlink()
+    assert find_model(tmp_path / "run") == ModelFiles(checkpoint / "student", checkpoint / "heads.safetensors")
 
 
 def test_a_checkpoint_of_stage_qat_is_int8_once_its_layers_are(trained):

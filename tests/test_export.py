@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ def run_export(source: Path, out: Path, *words: str) -> dict:
     """The manifest of an export, its hashes checked."""
     main(["--from", str(source), "--out", str(out), *words])
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["files"].keys() == {file.name for file in out.iterdir()} - {"manifest.json"}
+    files = {file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_file()}
+    assert manifest["files"].keys() == files - {"manifest.json"}
     for name, file in manifest["files"].items():
         assert file == {
             "bytes": (out / name).stat().st_size,
@@ -128,6 +130,25 @@ def test_the_tokenizer_and_its_template_go_along(runs, tmp_path, demo_tokenizer)
     assert tokenizer.get_vocab() == demo_tokenizer.get_vocab()
 
 
+def test_a_tokenizer_of_several_templates_brings_a_folder_that_the_manifest_lists(tmp_path, tiny_model_path):
+    shutil.copytree(tiny_model_path, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "model")
+    manifest = run_export(tmp_path / "model", tmp_path / "out")
+    assert "additional_chat_templates/tool_use.jinja" in manifest["files"]
+
+
+def test_a_model_that_does_not_say_its_context_is_checked_on_sequences_of_the_usual_length(tmp_path, tiny_model_path):
+    shutil.copytree(tiny_model_path, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    del config["max_position_embeddings"]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    said, unsaid = (export._sequences(export.find_source(model)) for model in (tiny_model_path, tmp_path / "model"))
+    assert [len(row) for row in unsaid] == [256] * 32
+    np.testing.assert_array_equal(unsaid, said)
+
+
 def test_the_model_card_says_what_it_is_and_how_good_it_was(runs, tmp_path):
     run_export(runs["kd"], tmp_path / "float")
     card = (tmp_path / "float" / "README.md").read_text()
@@ -180,6 +201,12 @@ def test_sources_that_are_none_and_folders_that_are_there_are_refused(runs, tmp_
     with pytest.raises(ValueError, match="is damaged: student/model.safetensors has other contents"):
         run_export(tmp_path / "damaged", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_optimizer_is_not_even_looked_at(tmp_path, tiny_model_path):
+    checkpoint = save_run(tmp_path / "run", make_config(tiny_model_path))
+    (checkpoint / "optimizer.safetensors").unlink()
+    run_export(checkpoint, tmp_path / "out")
 
 
 def test_settings_other_than_those_trained_with_and_the_wrong_gpu_are_warned_of(runs, tmp_path, caplog, monkeypatch):

@@ -211,6 +211,17 @@ def test_only_what_a_restart_may_mend_is_raised_for_tune_to_try_again(files, mon
     assert (record.state, record.message, record.attempts) == ("failed", "no numbers", 2)
 
 
+def test_options_that_do_not_go_together_end_the_trial_at_once(files, monkeypatch, tmp_path):
+    """Each alone would be right, which is all that can be known before the trials are drawn."""
+    write_record(tmp_path, TrialRecord(0, {"loss.kd_support": "topk_tail", "loss.kd_temperature": 2.0}))
+    [(step, value, done)] = results(make_trial(files, tmp_path, monkeypatch, lambda run: 0))
+    assert (step, done) == (-1, True)
+    assert math.isnan(value)
+    [record] = read_records(tmp_path)
+    assert (record.state, record.attempts) == ("failed", 1)
+    assert "kd_temperature" in record.message
+
+
 def test_a_metric_that_never_comes_is_a_failure_that_says_so(files, monkeypatch, tmp_path):
     [(step, value, done)] = results(make_trial(files, tmp_path, monkeypatch, lambda run: 0))
     assert (step, done) == (-1, True)

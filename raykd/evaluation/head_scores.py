@@ -40,7 +40,7 @@ from teacher_serving.identity import context_limit
 
 
 @dataclass(frozen=True)
-class HeadReadings:
+class HeadOutputs:
     """What the heads of a model gave."""
 
     halt: list[np.ndarray]  # per row, float32 [its decision points]; empty without the head
@@ -49,7 +49,7 @@ class HeadReadings:
     loops: np.ndarray  # int64 [P] loops that it took
 
 
-def read_heads(config: Config, files: ModelFiles, rows: HeadRows, eos_ids: Sequence[int]) -> HeadReadings:
+def run_heads(config: Config, files: ModelFiles, rows: HeadRows, eos_ids: Sequence[int]) -> HeadOutputs:
     """Ray task: read a model's heads on all rows, and have it refine. Sets the number of torch threads of its process.
 
     `eos_ids`: the teacher's ids that end a turn.
@@ -73,7 +73,7 @@ def read_heads(config: Config, files: ModelFiles, rows: HeadRows, eos_ids: Seque
     texts = [examples["input_ids"][rows.refinements[place].row].values.to_numpy() for place in chosen]
     drafts = [rows.refinements[place] for place in chosen]
     between, ends = match.student_ids(rows.between), match.student_ids(eos_ids).tolist()
-    return HeadReadings(
+    return HeadOutputs(
         halt, np.array(quality), np.array(chosen, np.int64), _loops(student, texts, drafts, between, ends, config)
     )
 
@@ -111,10 +111,10 @@ def _loops(
     return np.array([len(own.drafts) for own in refined], np.int64)
 
 
-# --- from readings to metrics ---------------------------------------------------------------------------------------------
+# --- from outputs to metrics ----------------------------------------------------------------------------------------------
 
 
-def head_estimates(rows: HeadRows, readings: HeadReadings, config: Config, tier: int | None = None) -> dict[str, Estimate]:
+def head_estimates(rows: HeadRows, outputs: HeadOutputs, config: Config, tier: int | None = None) -> dict[str, Estimate]:
     """The metrics above; with `tier`, over the rows whose (first) refinement is of that CAWS tier."""
     chosen = np.ones(rows.examples.num_rows, dtype=bool)
     if tier is not None:
@@ -127,7 +127,7 @@ def head_estimates(rows: HeadRows, readings: HeadReadings, config: Config, tier:
     times[0, chosen] = 1
     times[1:, chosen] = resample(int(chosen.sum()), config.evaluate.num_bootstrap, config.run.seed)
     found: dict[str, Estimate] = {}
-    for measure, row in _measures(rows, readings, config.halt.halt_probability):
+    for measure, row in _measures(rows, outputs, config.halt.halt_probability):
         drawn = [measure(np.repeat(np.arange(len(row)), own[row])) for own in times]
         for name in drawn[0]:
             values = np.array([values[name] for values in drawn])
@@ -137,12 +137,12 @@ def head_estimates(rows: HeadRows, readings: HeadReadings, config: Config, tier:
     return found
 
 
-def halting_by_tier(rows: HeadRows, readings: HeadReadings, config: Config) -> dict[str, dict[str, Estimate]]:
+def halting_by_tier(rows: HeadRows, outputs: HeadOutputs, config: Config) -> dict[str, dict[str, Estimate]]:
     """The metrics of halting for every CAWS tier, where the refinements are of several."""
     tiers = sorted({drafts.tier for drafts in rows.refinements})
-    if len(tiers) < 2 or not readings.halt:
+    if len(tiers) < 2 or not outputs.halt:
         return {}
-    found = {f"tier {tier}": head_estimates(rows, readings, config, tier) for tier in tiers}
+    found = {f"tier {tier}": head_estimates(rows, outputs, config, tier) for tier in tiers}
     return {
         words: {name: value for name, value in estimates.items() if not name.startswith("self_evaluation")}
         for words, estimates in found.items()
@@ -153,17 +153,17 @@ Measure = Callable[[np.ndarray], dict[str, float]]
 """Metrics of some of the items, given by their places, some more than once; NaN where they cannot tell."""
 
 
-def _measures(rows: HeadRows, readings: HeadReadings, threshold: float) -> list[tuple[Measure, np.ndarray]]:
+def _measures(rows: HeadRows, outputs: HeadOutputs, threshold: float) -> list[tuple[Measure, np.ndarray]]:
     """Each measure with the row of each of its items."""
     measures: list[tuple[Measure, np.ndarray]] = []
-    if readings.halt:
-        measures += [_at_points(rows, readings.halt, threshold), _of_refinements(rows, readings.halt, threshold)]
-    if len(readings.loops):
-        loops = readings.loops.astype(np.float64)
-        row = np.array([rows.refinements[place].row for place in readings.refined])
+    if outputs.halt:
+        measures += [_at_points(rows, outputs.halt, threshold), _of_refinements(rows, outputs.halt, threshold)]
+    if len(outputs.loops):
+        loops = outputs.loops.astype(np.float64)
+        row = np.array([rows.refinements[place].row for place in outputs.refined])
         measures.append((lambda chosen: {"refine_loops": _mean(loops[chosen])}, row))
-    if len(readings.quality):
-        target, said = rows.examples["quality"].to_numpy(), readings.quality
+    if len(outputs.quality):
+        target, said = rows.examples["quality"].to_numpy(), outputs.quality
         known = np.flatnonzero(~np.isnan(target))
         target, said = target[known], said[known]
 

@@ -21,14 +21,13 @@ import numpy as np
 import pyarrow as pa
 import ray
 import torch
-from ray.exceptions import RayTaskError
 from transformers import AutoConfig, AutoTokenizer
 
 from raykd.config import Config
 from raykd.data.detokenize import decode_tokens
 from raykd.evaluation.answer_scores import score_answer
 from raykd.evaluation.head_rows import HeadRows, load_head_rows
-from raykd.evaluation.head_scores import halting_by_tier, head_estimates, read_heads
+from raykd.evaluation.head_scores import halting_by_tier, head_estimates, run_heads
 from raykd.evaluation.metrics import score_completion, score_first_call
 from raykd.evaluation.models import (
     ModelFiles,
@@ -41,7 +40,7 @@ from raykd.evaluation.models import (
 )
 from raykd.evaluation.prompts import EvaluationError, JudgedPrompt, JudgedPrompts, load_judged_prompts
 from raykd.evaluation.results import TEACHER, UNTRAINED, Judged, Results, save_results, summarise
-from raykd.evaluation.serving import require_int8_device
+from raykd.evaluation.serving import get_result, require_int8_device
 from raykd.evaluation.timing import Speed, describe_machine, speed_facts, time_prompts
 from raykd.evaluation.token_scores import score_by_teacher
 from raykd.student.int8_files import int8_section, is_int8
@@ -74,7 +73,7 @@ def evaluate(config: Config, models: Mapping[str, ModelFiles], folder: Path) -> 
     try:
         made = _make(config, models, folder / MADE)
         judged, teacher_rows = _judge_teacher(config, info, prompts, made)
-        ready = {name: _get(made[name]) if name in made else models[name] for name in {**models, **made}}
+        ready = {name: get_result(made[name]) if name in made else models[name] for name in {**models, **made}}
         for name, files in ready.items():
             answers, _, speed = write(config, files.folder, name, info, prompts, keep_scores=False)
             judged[name] = _judge(config, files.folder, answers, speed, prompts, judged[TEACHER].texts)
@@ -85,18 +84,18 @@ def evaluate(config: Config, models: Mapping[str, ModelFiles], folder: Path) -> 
             for name, files in ready.items()
         }
         reading = {
-            name: _task(config, read_heads).remote(config, files, rows, info.eos_token_ids)
+            name: _task(config, run_heads).remote(config, files, rows, info.eos_token_ids)
             for name, files in ready.items()
             if rows is not None and heads_of(files)
         }
         for name, reference in scoring.items():
-            for score, more in zip(judged[name].scores, _get(reference), strict=True):
+            for score, more in zip(judged[name].scores, get_result(reference), strict=True):
                 score.update(more)
         for name, reference in reading.items():
             assert rows is not None, "heads were read on rows"
-            readings = _get(reference)
-            judged[name].of_heads = head_estimates(rows, readings, config)
-            judged[name].by_tier = halting_by_tier(rows, readings, config)
+            outputs = get_result(reference)
+            judged[name].of_heads = head_estimates(rows, outputs, config)
+            judged[name].by_tier = halting_by_tier(rows, outputs, config)
     finally:
         shutil.rmtree(folder / MADE, ignore_errors=True)
     for name, files in models.items():
@@ -220,10 +219,10 @@ def write(
     writer: Any = actor.remote(engine)
     asked = remap_ids(prompts.table().select(["uid", "prompt_ids"]), match)
     timed = asked.take([prompt.uid for prompt in timed_prompts(config, prompts)])
-    _get(list(after))
+    get_result(list(after))
     answers, whole, speed = writer.write.options(num_returns=3).remote(asked, timed)
-    table = _get(answers)
-    _get(writer.close.remote())
+    table = get_result(answers)
+    get_result(writer.close.remote())
     ray.kill(writer)
     reasons = table["finish_reason"].to_pylist()
     failed = [reason for reason in reasons if reason.startswith("error")]
@@ -231,7 +230,7 @@ def write(
         raise EvaluationError(
             f"{name}: {len(failed)} of {len(reasons)} prompts came back without an answer; the first: {failed[0]}"
         )
-    return table, whole, _get(speed)
+    return table, whole, get_result(speed)
 
 
 class Writer:
@@ -289,11 +288,3 @@ def _engine_config(
 
 def _task(config: Config, function: Any) -> Any:
     return ray.remote(function).options(num_cpus=config.train.cpus_per_worker, num_gpus=int(config.train.use_gpu))
-
-
-def _get(reference: Any) -> Any:
-    """ray.get, with a user's mistake as the ValueError that it is."""
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, ValueError) else error) from None

@@ -69,7 +69,7 @@ def check_engine(engine: VllmTeacherConfig, sequences: Sequence[np.ndarray]) -> 
     folder, longest = Path(engine.model), max(map(len, sequences), default=0)
     if min(map(len, sequences), default=0) < 2:
         raise ServingError(f"found {len(sequences)} sequences, expected some, each of 2 tokens or more")
-    if longest >= (limit := engine.max_model_len or context_limit(folder)):
+    if 0 < (limit := engine.max_model_len or context_limit(folder)) <= longest:  # 0: not said
         raise ServingError(f"a sequence has {longest} tokens, expected fewer than the {limit} that the engine holds")
     if engine.dtype not in ("float32", "bfloat16"):
         raise ServingError(f"found dtype={engine.dtype}, expected float32 or bfloat16, the type of both sides")
@@ -110,9 +110,10 @@ def _both(engine: VllmTeacherConfig, sequences: Sequence[np.ndarray]) -> tuple[S
     environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the kernels are asked for in this process
     resources: dict[str, Any] = {"num_cpus": engine.num_cpus, "num_gpus": engine.gpus_per_actor}
     task = ray.remote(serve).options(**resources, max_retries=0, runtime_env={"env_vars": environment})
-    served = _get(task.remote(engine, list(sequences)))
+    served = get_result(task.remote(engine, list(sequences)))
     reference = ray.remote(refer).options(num_cpus=engine.num_cpus, max_retries=0)
-    return served, _get(reference.remote(engine.model, engine.dtype, list(sequences), served.written, engine.num_threads))
+    own = reference.remote(engine.model, engine.dtype, list(sequences), served.written, engine.num_threads)
+    return served, get_result(own)
 
 
 def with_greedy_writing(engine: VllmTeacherConfig) -> VllmTeacherConfig:
@@ -196,7 +197,7 @@ def scores_of(model: PreTrainedModel, sequences: Sequence[np.ndarray], written: 
     return Referred(logprobs, agrees)
 
 
-def _get(reference: Any) -> Any:
+def get_result(reference: Any) -> Any:
     """ray.get, with a user's mistake as the ValueError that it is."""
     try:
         return ray.get(reference)

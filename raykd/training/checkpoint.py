@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from raykd.stage_config import QuantizationConfig
 from raykd.student.heads import load_heads, save_heads
 from raykd.student.model import Student
 
@@ -101,13 +102,9 @@ def _write(folder: Path, snapshot: Snapshot) -> None:
         save_file(tensors, folder / f"rng-{rank}.safetensors")
     np.save(folder / LEDGER, snapshot.ledger, allow_pickle=False)
     write_json(folder / STATE, snapshot.state)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    manifest = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
-    }
-    for path in (*files, *(path for path in folder.rglob("*") if path.is_dir())):
+    for path in folder.rglob("*"):
         _flush(path)
-    write_json(folder / MANIFEST, {"files": manifest})
+    write_json(folder / MANIFEST, {"files": list_files(folder)})
     _flush(folder / MANIFEST)
     _flush(folder)
 
@@ -128,7 +125,14 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sha256(path: Path) -> str:
+def list_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file in a folder and those below, by its path in there: what a manifest says of them."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -144,16 +148,18 @@ def latest_checkpoint(run_folder: Path) -> Path | None:
     return max(list_checkpoints(run_folder), key=_step, default=None)
 
 
+def find_checkpoint(path: Path) -> Path | None:
+    """The checkpoint that a path means: itself, or the newest of the run that it is; None where it is neither."""
+    return path if (path / STATE).is_file() else latest_checkpoint(path)
+
+
 def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("checkpoint-"))
 
 
 def verify(folder: Path, names: Iterable[str] | None = None) -> None:
     """Compare files (all, or just `names`) with the manifest. Errors: CheckpointError with what is wrong."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _refuse(folder, f"{MANIFEST} cannot be read ({error})") from error
+    manifest = _read_manifest(folder)
     for name in manifest if names is None else names:
         path = folder / name
         if name not in manifest or not path.is_file():
@@ -162,8 +168,20 @@ def verify(folder: Path, names: Iterable[str] | None = None) -> None:
         size = path.stat().st_size
         if size != expected["bytes"]:
             raise _refuse(folder, f"{name} has {size} bytes, the manifest says {expected['bytes']}")
-        if _sha256(path) != expected["sha256"]:
+        if sha256(path) != expected["sha256"]:
             raise _refuse(folder, f"{name} has other contents than when it was written (sha256 differs)")
+
+
+def verify_student(folder: Path) -> None:
+    """As `verify`, of the student and its heads alone: two thirds of the bytes are the optimizer's."""
+    verify(folder, [name for name in _read_manifest(folder) if name == HEADS or name.startswith(f"{STUDENT}/")])
+
+
+def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _refuse(folder, f"{MANIFEST} cannot be read ({error})") from error
 
 
 def _refuse(folder: Path, reason: str) -> CheckpointError:
@@ -180,6 +198,13 @@ def read_state(folder: Path) -> dict[str, Any]:
     """state.json of a checkpoint, verified."""
     verify(folder, [STATE])
     return json.loads((folder / STATE).read_text(encoding="utf-8"))
+
+
+def trained_quantization(state: dict[str, Any]) -> QuantizationConfig | None:
+    """How the student of a checkpoint with this `read_state` was trained in INT8; None: no step was made in INT8."""
+    config = state["config"]
+    quantization = QuantizationConfig.model_validate(config.get("quantization", {}))
+    return quantization if config.get("stage") == "qat" and state["step"] > quantization.start_step else None
 
 
 def read_ledger(folder: Path | None) -> np.ndarray:

@@ -29,7 +29,7 @@ from raykd.student.quantization import Int8Linear, prepare_int8
 from raykd.student.tokenizer import rows_needed
 from raykd.training.reference import needs_reference
 from raykd.training.sizing import BYTES_PER_TRAINED_PARAMETER, activation_bytes, by_cluster
-from raykd.vocabulary import backend_of, compare_vocabularies, student_tokenizer, token_id
+from raykd.vocabulary import VocabularyMatch, backend_of, compare_vocabularies, student_tokenizer, token_id
 from teacher_serving.connect import resolve_device
 from teacher_serving.identity import (
     describe,
@@ -84,8 +84,9 @@ def check(config: Config) -> Plan:
     teacher = describe(config.teacher)
     architecture = student_config(config.student)
     tokenizer = student_tokenizer(config.student.tokenizer_folder, config.student.new_tokens)
-    architecture.vocab_size = _check_vocabulary(config, tokenizer, architecture.vocab_size)
-    _check_end_of_turn(config, tokenizer, teacher)
+    match = compare_vocabularies(load_tokenizer(config.teacher.model), tokenizer).require()
+    architecture.vocab_size = _check_vocabulary(config, tokenizer, match, architecture.vocab_size)
+    _check_end_of_turn(config, tokenizer, match.student_ids(teacher.eos_token_ids).tolist())
     _check_layers(config, architecture.num_hidden_layers)
     _check_int8(config, architecture)
     max_positions = _max_positions(architecture, teacher.max_model_len)
@@ -126,13 +127,13 @@ def _activations_per_token(config: Config, architecture: PretrainedConfig) -> in
     return per_layer * architecture.num_hidden_layers
 
 
-def _check_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase, num_rows: int) -> int:
-    """Check the student's tokenizer, new tokens included, against the teacher's, the losses and the `num_rows` of its model.
+def _check_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase, match: VocabularyMatch, num_rows: int) -> int:
+    """Check the student's tokenizer, new tokens included, and its match with the teacher's against the losses and the
+    `num_rows` of its model.
 
     Returns the rows that the model will have.
     """
     new_tokens, teacher_tokenizer = config.student.new_tokens, load_tokenizer(config.teacher.model)
-    match = compare_vocabularies(teacher_tokenizer, tokenizer).require()
     without_row = [token for token, i in tokenizer.get_vocab().items() if i >= num_rows and token not in new_tokens]
     if without_row:
         raise PreflightError(
@@ -160,11 +161,9 @@ def _check_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase, num_ro
     return rows_needed(match.num_ids, num_rows)
 
 
-def _check_end_of_turn(config: Config, tokenizer: PreTrainedTokenizerBase, teacher: TeacherInfo) -> None:
-    """Losses that look at the student's end-of-turn token look at the one that ends the teacher's turns."""
+def _check_end_of_turn(config: Config, tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> None:
+    """Losses that look at the student's end-of-turn token look at one of `ends`, which end the teacher's turns."""
     needing = sorted({"length_aware", "caws_compliance"} & config.loss.weights.keys())
-    match = compare_vocabularies(load_tokenizer(config.teacher.model), tokenizer)
-    ends = match.student_ids(teacher.eos_token_ids).tolist()
     if needing and tokenizer.eos_token_id not in ends:
         raise PreflightError(
             f"loss.{needing[0]} looks at {tokenizer.eos_token!r} (id {tokenizer.eos_token_id}), the end-of-turn token of "

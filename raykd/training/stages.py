@@ -14,7 +14,6 @@ Raises HandoverError with what was found, what was expected and what to change, 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from raykd.code_version import code_version
 from raykd.config import Config, StudentConfig
 from raykd.stage_config import StageName
 from raykd.student.heads import heads_in
-from raykd.training.checkpoint import HEADS, MANIFEST, STATE, STUDENT, latest_checkpoint, verify, write_json
+from raykd.training.checkpoint import HEADS, MANIFEST, STATE, STUDENT, find_checkpoint, sha256, verify, write_json
 from raykd.vocabulary import backend_of, student_tokenizer
 from teacher_serving.identity import vocabulary_fingerprint
 
@@ -99,8 +98,7 @@ def resolve(config: Config) -> tuple[Config, Parent | None]:
 
 def find_parent(config: Config) -> Parent:
     """The checkpoint that `init.from` means, its files checked against their hashes."""
-    given = Path(config.init.from_ or "")
-    checkpoint = given if (given / STATE).is_file() else latest_checkpoint(given)
+    checkpoint = find_checkpoint(Path(config.init.from_ or ""))
     if checkpoint is None:
         raise HandoverError(
             f"init.from={config.init.from_}: found no checkpoint there, expected a run folder or a checkpoint of one (a "
@@ -108,9 +106,9 @@ def find_parent(config: Config) -> Parent:
         )
     checkpoint = checkpoint.absolute()
     verify(checkpoint)
-    sha256 = _sha256(checkpoint / MANIFEST)
+    own = sha256(checkpoint / MANIFEST)
     if config.init.mode == "init":
-        return Parent(checkpoint, sha256, None)
+        return Parent(checkpoint, own, None)
     run = checkpoint.parent.parent
     manifest = read_manifest(run)
     if manifest is None or manifest.checkpoint is None:
@@ -123,18 +121,18 @@ def find_parent(config: Config) -> Parent:
             f"stage={config.stage} after stage={manifest.stage} ({run}): expected a run of stage "
             f"{' or '.join(AFTER[config.stage])} in init.from, or init.mode=init, which takes the weights alone"
         )
-    if manifest.checkpoint_sha256 != sha256 or manifest.checkpoint != checkpoint.name:
+    if manifest.checkpoint_sha256 != own or manifest.checkpoint != checkpoint.name:
         raise HandoverError(
             f"{checkpoint} is not what its run handed on: {run / MANIFEST} names {manifest.checkpoint} with sha256 "
-            f"{manifest.checkpoint_sha256}, found {sha256}. Bring it back, finish the run with --resume, or take the "
+            f"{manifest.checkpoint_sha256}, found {own}. Bring it back, finish the run with --resume, or take the "
             "weights alone with init.mode=init"
         )
-    if (found := _sha256(run / "config.yaml")) != manifest.config:
+    if (found := sha256(run / "config.yaml")) != manifest.config:
         raise HandoverError(
             f"{run / 'config.yaml'} is not the config that the run finished with (sha256 {found}, expected "
             f"{manifest.config}): bring it back, or take the weights alone with init.mode=init"
         )
-    return Parent(checkpoint, sha256, manifest)
+    return Parent(checkpoint, own, manifest)
 
 
 def _check_student(given: StudentConfig, found: StudentConfig, manifest: Manifest) -> None:
@@ -187,9 +185,7 @@ def begin_manifest(given: Config, config: Config, run: Path, parent: Parent | No
             "begin again, or bring the earlier checkpoint back"
         )
     student = line.student if line else given.student.model_dump(mode="json")
-    manifest = Manifest(
-        config.stage, code_version(), _sha256(run / "config.yaml"), student=student, parent=identity, **facts
-    )
+    manifest = Manifest(config.stage, code_version(), sha256(run / "config.yaml"), student=student, parent=identity, **facts)
     write_json(run / MANIFEST, asdict(manifest))
 
 
@@ -197,7 +193,7 @@ def finish_manifest(run: Path, checkpoint: Path) -> None:
     """Say in the run folder that the run is done: from here on a later stage may take its student over."""
     manifest = read_manifest(run)
     assert manifest is not None, f"{run} has no manifest: begin_manifest comes first"
-    ended = {"checkpoint": checkpoint.name, "checkpoint_sha256": _sha256(checkpoint / MANIFEST)}
+    ended = {"checkpoint": checkpoint.name, "checkpoint_sha256": sha256(checkpoint / MANIFEST)}
     write_json(run / MANIFEST, asdict(manifest) | ended)
 
 
@@ -208,7 +204,3 @@ def read_manifest(run: Path) -> Manifest | None:
 
 def _read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Metrics of the heads: by hand from made-up readings, and from a real model by its own forward pass."""
+"""Metrics of the heads: by hand from made-up outputs, and from a real model by its own forward pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from raykd.config import Config, StudentConfig
 from raykd.data.examples import examples_to_table
 from raykd.evaluation.head_rows import Drafts, HeadRows
-from raykd.evaluation.head_scores import HeadReadings, halting_by_tier, head_estimates, read_heads
+from raykd.evaluation.head_scores import HeadOutputs, halting_by_tier, head_estimates, run_heads
 from raykd.evaluation.models import ModelFiles
 from raykd.student.heads import make_heads, save_heads
 from raykd.student.model import load_student
@@ -61,7 +61,7 @@ def config_of(model: Path = DEMO_TEACHER, **sections) -> Config:
     return Config.model_validate(settings | sections)
 
 
-NOTHING = HeadReadings([], np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64))
+NOTHING = HeadOutputs([], np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64))
 PERFECT = [np.array([0.0, 0.0, 1.0]), np.array([0.0, 1.0]), np.array([1.0]), np.array([0.0, 0.3])]
 
 
@@ -92,8 +92,8 @@ def test_a_head_that_halts_at_once_loses_what_the_later_drafts_were_better_by(ro
 
 def test_two_refinements_of_a_row_have_decision_points_of_their_own(rows):
     both = [Drafts(0, 0, np.array([0.1]), 2, 3, 2), Drafts(0, 1, np.array([0.5, 0.9]), 2, 3, 5)]
-    readings = replace(NOTHING, halt=[np.array([0.9, 0.1, 0.9]), *PERFECT[1:]])
-    found = head_estimates(replace(rows, refinements=both), readings, config_of())
+    outputs = replace(NOTHING, halt=[np.array([0.9, 0.1, 0.9]), *PERFECT[1:]])
+    found = head_estimates(replace(rows, refinements=both), outputs, config_of())
     assert found["halt_loops"].value == 1.5
     assert found["halt_oracle_loops"].value == 1.5
     assert found["halt_loops"].num_prompts == 1
@@ -125,8 +125,8 @@ def test_quality_is_held_against_the_rows_that_have_one(rows):
 
 
 def test_own_refinements_are_counted_in_loops(rows):
-    readings = replace(NOTHING, refined=np.array([0, 2]), loops=np.array([3, 1]))
-    found = head_estimates(rows, readings, config_of())
+    outputs = replace(NOTHING, refined=np.array([0, 2]), loops=np.array([3, 1]))
+    found = head_estimates(rows, outputs, config_of())
     assert values(found) == {"refine_loops": 2.0}
     assert found["refine_loops"].num_prompts == 2
 
@@ -140,7 +140,7 @@ def with_heads(tmp_path, tiny_model_path) -> ModelFiles:
 
 def test_the_heads_of_a_checkpoint_are_read_as_in_training_and_halt_its_own_drafts(rows, with_heads, tiny_model_path):
     config = config_of(tiny_model_path)
-    readings = read_heads(config, with_heads, rows, [0])
+    outputs = run_heads(config, with_heads, rows, [0])
     student = load_student(StudentConfig(model=str(tiny_model_path)), 0)
     student.heads = make_heads(64, {"halt": 1.0, "self_evaluation": 1.0}, seed=1)
     ids = torch.from_numpy(example(0).input_ids.astype(np.int64))[None]
@@ -148,15 +148,15 @@ def test_the_heads_of_a_checkpoint_are_read_as_in_training_and_halt_its_own_draf
         output = student.eval()(ids, torch.tensor([3, 6, 9]), torch.tensor([9]))
     assert output.halt_logits is not None
     assert output.quality_logits is not None
-    np.testing.assert_allclose(readings.halt[0], output.halt_logits.softmax(-1)[:, 1].numpy(), atol=1e-6)
-    assert readings.quality[0] == pytest.approx(output.quality_logits.sigmoid().item(), abs=1e-6)
-    assert [len(own) for own in readings.halt] == [len(own) for own in TARGETS]
-    assert readings.refined.tolist() == [0, 1, 2]
-    assert ((readings.loops >= 1) & (readings.loops <= 3)).all()
+    np.testing.assert_allclose(outputs.halt[0], output.halt_logits.softmax(-1)[:, 1].numpy(), atol=1e-6)
+    assert outputs.quality[0] == pytest.approx(output.quality_logits.sigmoid().item(), abs=1e-6)
+    assert [len(own) for own in outputs.halt] == [len(own) for own in TARGETS]
+    assert outputs.refined.tolist() == [0, 1, 2]
+    assert ((outputs.loops >= 1) & (outputs.loops <= 3)).all()
 
     never = config_of(tiny_model_path, halt={"halt_probability": 1.0})
-    assert read_heads(never, with_heads, rows, [0]).loops.tolist() == [3, 3, 3]  # the cap
+    assert run_heads(never, with_heads, rows, [0]).loops.tolist() == [3, 3, 3]  # the cap
     at_once = config_of(tiny_model_path, halt={"halt_probability": 0.0})
-    assert read_heads(at_once, with_heads, rows, [0]).loops.tolist() == [1, 1, 1]
+    assert run_heads(at_once, with_heads, rows, [0]).loops.tolist() == [1, 1, 1]
     long = config_of(tiny_model_path, evaluate={"max_tokens": 2000})
-    assert len(read_heads(long, with_heads, rows, [0]).loops) == 0  # no refinement would fit the context
+    assert len(run_heads(long, with_heads, rows, [0]).loops) == 0  # no refinement would fit the context

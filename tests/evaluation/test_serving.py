@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import numpy as np
@@ -249,6 +250,10 @@ def test_what_cannot_be_compared_is_refused_before_an_engine_starts(folders, tmp
         with pytest.raises(ServingError, match=reason):
             check_engine(settings, given)
     check_engine(engine(shards, device="cuda", tensor_parallel_size=2), rows)
+    config = json.loads((shards / "config.json").read_text())
+    del config["max_position_embeddings"]
+    (shards / "config.json").write_text(json.dumps(config))
+    check_engine(engine(shards, device="cuda", max_model_len=None, tensor_parallel_size=2), rows)  # its context is not known
 
 
 def test_gpus_without_int8_kernels_and_an_int8_kv_cache_are_refused(folders):

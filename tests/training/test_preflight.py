@@ -11,7 +11,7 @@ import pytest
 from raykd.cli import load_config
 from raykd.config import Config
 from raykd.training.preflight import check, check_disk, check_resources, num_steps, print_summary
-from raykd.vocabulary import student_tokenizer
+from raykd.vocabulary import compare_vocabularies, student_tokenizer
 
 
 @pytest.fixture
@@ -138,6 +138,18 @@ def test_an_end_of_turn_token_that_the_teacher_never_writes_is_refused_where_a_l
     check(configured(base, f"student.model={other}"))
     with pytest.raises(ValueError, match=r"loss.length_aware looks at '<\|endoftext\|>'.*ends its turns with .*im_end"):
         check(configured(base, f"student.model={other}", "loss.length_aware=1"))
+
+
+def test_large_vocabularies_are_compared_once(base: list[str], monkeypatch: pytest.MonkeyPatch):
+    compared = []
+
+    def compare(*tokenizers):
+        compared.append(tokenizers)
+        return compare_vocabularies(*tokenizers)
+
+    monkeypatch.setattr("raykd.training.preflight.compare_vocabularies", compare)
+    check(configured(base, "loss.length_aware=1"))
+    assert len(compared) == 1
 
 
 def test_positions_whose_states_depend_on_the_length_of_the_batch_do_not_count(

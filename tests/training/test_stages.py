@@ -16,7 +16,7 @@ from raykd.config import Config
 from raykd.student.heads import heads_in
 from raykd.student.int8_arithmetic import weight_codes
 from raykd.student.quantization import Int8Linear
-from raykd.train import is_finished
+from raykd.train import as_planned, is_finished
 from raykd.training.checkpoint import CheckpointError, latest_checkpoint
 from raykd.training.stages import (
     HandoverError,
@@ -288,3 +288,15 @@ def test_a_finished_stage_is_left_alone_also_under_other_settings_of_what_is_sho
         is_finished(stage(student_path, tmp_path, "kd").model_copy(update={"run": given.run.model_copy(update={"seed": 7})}))
     forget_the_end(folder)
     assert not is_finished(given)
+
+
+def test_a_stage_is_planned_with_its_own_student_until_the_one_before_has_ended(student_path, tmp_path):
+    first = stage(student_path, tmp_path, "kd")
+    second = stage(student_path, tmp_path, "process", "kd")
+    assert as_planned(second, [first, second]) == second, "there is no run yet"
+    folder, _ = make_run(first)
+    assert as_planned(second, [first, second]) == resolve(second)[0]
+    forget_the_end(folder)
+    assert as_planned(second, [first, second]) == second, "a run of this pipeline that is under way"
+    with pytest.raises(HandoverError, match="not finished"):
+        as_planned(second, [second])
