@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import argparse
 import copy
-import difflib
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import ray
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from raykd.config import Config, RunConfig
+from raykd.config_errors import explain, origin_of
 
 logger = logging.getLogger(__name__)
 
@@ -142,14 +142,14 @@ def load_configs(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> 
     if stages is None:
         return [_validated(merged, origins)]
     if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
-        raise ConfigError(f"{_origin('pipeline', origins)}: pipeline is no list of stages, expected `- {{stage: kd, …}}`")
+        raise ConfigError(f"{origin_of('pipeline', origins)}: pipeline is no list of stages, expected `- {{stage: kd, …}}`")
     configs: list[Config] = []
     for number, stage in enumerate(stages, 1):
         own, own_origins = copy.deepcopy(merged), dict(origins)
         name = f"{merged.get('run', {}).get('name', RunConfig().name)}-{stage.get('stage', 'kd')}"
         before = {"init": {"from": str(run_folder(configs[-1])), "mode": "stage"}} if configs else {}
         _merge(own, {"run": {"name": name}} | before, own_origins, "pipeline")
-        _merge(own, stage, own_origins, f"{_origin('pipeline', origins)}, stage {number} of the pipeline")
+        _merge(own, stage, own_origins, f"{origin_of('pipeline', origins)}, stage {number} of the pipeline")
         _merge_overrides(own, [word for word in overrides if not word.startswith(OF_THE_FIRST_STAGE)], own_origins)
         configs.append(_validated(own, own_origins))
     names = [config.run.name for config in configs]
@@ -184,7 +184,7 @@ def _validated(merged: dict[str, Any], origins: dict[str, str]) -> Config:
     try:
         config = Config.model_validate(merged)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(item, origins) for item in error.errors())) from error
+        raise ConfigError("\n".join(explain(item, origins) for item in error.errors())) from error
     return _with_absolute_paths(config)
 
 
@@ -248,56 +248,6 @@ def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
                 yield from _flatten(inner, f"{prefix}{key}.")
             else:
                 yield f"{prefix}{key}", inner
-
-
-def _explain(item: Any, origins: Mapping[str, str]) -> str:
-    """One validation error as: where, what was found, what was expected."""
-    location = [str(part) for part in item["loc"]]
-    valid = _valid_names(location[:-1])
-    # pydantic puts the chosen `kind` of a union into the location: not part of the user's path
-    dotted = ".".join(part for i, part in enumerate(location) if not (i == 1 and location[0] == "teacher" and part in KINDS))
-    prefix = f"{origin}: " if (origin := _origin(dotted, origins)) else ""
-    if item["type"] == "extra_forbidden":
-        nearest = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.5)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; valid names are {', '.join(sorted(valid))}"
-        return f"{prefix}{dotted}: no such option{hint}"
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "value_error":
-        return f"{prefix}{message}"
-    if item["type"] == "missing":
-        return f"{prefix}{dotted}: is missing and has no default"
-    return f"{prefix}{dotted}: found {item['input']!r}: {message}"
-
-
-def _origin(dotted: str, origins: Mapping[str, str]) -> str:
-    inside = [origin for path, origin in origins.items() if path == dotted or path.startswith(dotted + ".")]
-    return inside[-1] if dotted and inside else ""
-
-
-def _members(annotation: Any) -> list[type[BaseModel]]:
-    """The models that an annotation (a model, a union, an Annotated union) may hold."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for argument in get_args(annotation) for model in _members(argument)]
-
-
-KINDS = {str(model.model_fields["kind"].default) for model in _members(Config.model_fields["teacher"].rebuild_annotation())}
-
-
-def _valid_names(location: Sequence[str]) -> list[str]:
-    """Names of the options of the section at `location`."""
-    models: list[type[BaseModel]] = [Config]
-    for part in location:
-        if part in KINDS and all("kind" in model.model_fields for model in models):
-            models = [model for model in models if model.model_fields["kind"].default == part]
-        else:
-            models = [
-                inner
-                for model in models
-                if part in model.model_fields
-                for inner in _members(model.model_fields[part].rebuild_annotation())
-            ]
-    return [option.alias or name for model in models for name, option in model.model_fields.items()]
 
 
 def _with_absolute_paths(config: Config) -> Config:

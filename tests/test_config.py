@@ -12,8 +12,9 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from raykd.cli import ConfigError, _members, load_config, load_configs, open_run, parse, parse_words
+from raykd.cli import ConfigError, load_config, load_configs, open_run, parse, parse_words
 from raykd.config import Config
+from raykd.config_errors import members
 from raykd.loss_config import LOSSES
 
 ROOT = Path(__file__).parents[1]
@@ -257,7 +258,7 @@ def test_steps_is_short_for_max_steps(minimal: str):
 def options(model: type[BaseModel]) -> Iterator[tuple[type[BaseModel], str]]:
     """Every option of a section and of the sections in it, with the class that has it."""
     for name, field in model.model_fields.items():
-        inner = _members(field.rebuild_annotation())
+        inner = members(field.rebuild_annotation())
         if not inner:
             yield model, name
         for section in inner:
