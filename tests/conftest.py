@@ -56,6 +56,8 @@ def needs_ray(file: str) -> bool:
     return "mark.ray" in (Path(__file__).parents[1] / file).read_text()
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
 DEMO_TEACHER = Path(__file__).parents[1] / "raykd" / "demo" / "teacher"
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 

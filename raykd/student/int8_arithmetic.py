@@ -48,7 +48,7 @@ def weight_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
     Codes lie in [-127, 127] and nothing is clipped.
     """
     values = weight.float()
-    scale = (values.abs().amax(dim=1, keepdim=True) / LARGEST_CODE).clamp_min(SMALLEST_SCALE)
+    scale = _divide(values.abs().amax(dim=1, keepdim=True), LARGEST_CODE).clamp_min(SMALLEST_SCALE)
     return (values / scale).round().to(torch.int8), scale
 
 
@@ -61,13 +61,13 @@ def activation_codes(x: Tensor, grid: ActivationGrid) -> Activations:
     values = x.float().unflatten(1, (grid.shards, -1))
     if grid.symmetric:
         largest = values.abs().amax(dim=2, keepdim=True)
-        scale = largest / LARGEST_CODE
-        inverse = 1 / scale if grid.kind == "cpu" else LARGEST_CODE / largest
+        scale = _divide(largest, LARGEST_CODE)
+        inverse = 1 / scale if grid.kind == "cpu" else torch.full_like(largest, LARGEST_CODE) / largest
         inverse = inverse.masked_fill(scale == 0, 0.0)
         codes = values.mul(inverse).round().clamp(-LARGEST_CODE - 1, LARGEST_CODE)
         return Activations(codes.to(torch.int8), scale, torch.zeros_like(scale))
     low, high = values.aminmax(dim=2, keepdim=True)
-    scale = (high - low) / 255
+    scale = _divide(high - low, 255)
     empty = scale == 0
     inverse = (1 / scale).masked_fill(empty, 0.0)
     zero_point = (-128 - low / scale).masked_fill(empty, 0.0).round()
@@ -111,6 +111,12 @@ def _shard_product(own: Activations, codes: Tensor, scale: Tensor, bias: Tensor 
     correction = (column_sums.float() * scale[:, 0]) * (own.scale * own.zero_point)
     output = _multiply_add(product.float() * scale.T, own.scale, -correction)
     return output if bias is None else output + bias.float()
+
+
+def _divide(values: Tensor, number: int) -> Tensor:
+    """values / number, rounded once, as kernels divide: by a plain number PyTorch multiplies on CUDA with its reciprocal,
+    and a plain number it multiplies with the reciprocal of the tensor."""
+    return values / torch.full_like(values, number)
 
 
 def _multiply_add(a: Tensor, b: Tensor, c: Tensor | None) -> Tensor:

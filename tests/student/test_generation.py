@@ -16,6 +16,7 @@ from raykd.student.generation import Generated, generate, halt_probabilities, re
 from raykd.student.heads import make_heads
 from raykd.student.latent import LatentSpans
 from raykd.student.model import Student, load_student
+from tests.conftest import needs_gpu
 from tests.student.test_model import SMALL, VOCAB, random_ids, save_tokenizer
 
 EOS, AGAIN = 1, 2
@@ -298,3 +299,17 @@ def test_refinement_without_a_halt_head_or_with_a_limit_of_none_is_refused(folde
         refined(load(folder), [5], [2])
     with pytest.raises(ValueError, match="expected a number from 1"):
         refined(refiner, [5], [0])
+
+
+# --- on a GPU -------------------------------------------------------------------------------------------------------------
+
+
+@needs_gpu
+def test_on_a_gpu_the_student_writes_what_it_writes_on_the_cpu_and_the_same_for_the_same_seed(folder):
+    given = prompts(3, 7, 5)
+    on_cpu, student = write(load(folder), given), load(folder).cuda()
+    for found, expected in zip(write(student, given), on_cpu, strict=True):
+        assert found.ids.tolist() == expected.ids.tolist()
+        np.testing.assert_allclose(found.logprobs, expected.logprobs, rtol=1e-4, atol=1e-5)
+    sampled = [[row.ids.tolist() for row in write(student, given, temperature=1.0, seed=seed)] for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]

@@ -16,9 +16,12 @@ from raykd.student.int8_arithmetic import (
     int8_product,
     weight_codes,
 )
+from tests.conftest import needs_gpu
 from tests.int8_model import text, trained_model
 
 GRIDS = [ActivationGrid(symmetric, kind) for symmetric in (True, False) for kind in ("cpu", "cuda")]
+GPU_SIZES = [(8, 8), (16, 16), (24, 40), (7, 9), (1, 1), (100, 33), (33, 100), (320, 128), (1024, 3072)]
+"""Inputs and outputs of a layer: what the kernel takes as it is, and what has to be padded for it."""
 
 
 def test_codes_of_a_weight_by_hand():
@@ -46,9 +49,20 @@ def test_the_grid_of_cuda_multiplies_by_the_reciprocal_of_another_number():
     largest = x.float().abs().amax(1, keepdim=True)
     cpu, cuda = (activation_codes(x, ActivationGrid(kind=kind)) for kind in ("cpu", "cuda"))
     assert torch.equal(cpu.codes[:, 0], (x.float() * (1 / (largest / 127))).round().char())
-    assert torch.equal(cuda.codes[:, 0], (x.float() * (127 / largest)).round().char())
+    assert torch.equal(cuda.codes[:, 0], (x.float() * (torch.full_like(largest, 127) / largest)).round().char())
     differing = (cpu.codes != cuda.codes).float().mean().item()
     assert 1e-4 < differing < 2e-3
+
+
+def test_scales_and_reciprocals_are_rounded_once_as_the_kernels_round_them():
+    """127 / x by PyTorch's own operator is 127 * (1 / x), which differs in the last bit for a quarter of the numbers."""
+    x = torch.rand(4000, 1, generator=torch.Generator().manual_seed(0))
+    x, largest = torch.cat([x, x / 3, x / 7], dim=1), x.double()
+    inverse = (127 / largest).float()
+    assert (inverse != 127 / x[:, :1]).any()
+    found = activation_codes(x, ActivationGrid(kind="cuda"))
+    assert torch.equal(found.scale[:, 0], (largest / 127).float())
+    assert torch.equal(found.codes[:, 0], (x * inverse).round().char())
 
 
 def kernel(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, *, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -153,3 +167,53 @@ def test_one_byte_an_element_is_kept_for_the_backward_pass():
         Int8Matmul.apply(x, weight, None, ActivationGrid())
     scales = 4 * (64 + 64 + 256)  # float32: scale and zero point of tokens, scale of rows
     assert sum(tensor.nbytes for tensor in kept) == 64 * 128 + 256 * 128 + scales
+
+
+# --- on a GPU -------------------------------------------------------------------------------------------------------------
+
+
+@needs_gpu
+def test_on_a_gpu_the_integers_are_those_of_the_cpu_for_all_sizes():
+    """With scales of 1 the product is the integer itself: at most 1024 * 128 * 128, exact in float32."""
+    generator = torch.Generator().manual_seed(0)
+    for num_inputs, num_outputs in GPU_SIZES:
+        b = torch.randint(-127, 128, (num_outputs, num_inputs), generator=generator).char()
+        one = torch.ones(num_outputs, 1)
+        for num_rows in range(1, 41):
+            a = torch.randint(-128, 128, (num_rows, 1, num_inputs), generator=generator).char()
+            activations = Activations(a, torch.ones(num_rows, 1, 1), torch.zeros(num_rows, 1, 1))
+            expected = int8_product(activations, b, one, None, ActivationGrid(), torch.float32)
+            moved = Activations(*(part.cuda() for part in activations))
+            found = int8_product(moved, b.cuda(), one.cuda(), None, ActivationGrid(), torch.float32)
+            assert torch.equal(found.cpu(), expected), (num_rows, num_inputs, num_outputs)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("grid", [*GRIDS, ActivationGrid(shards=4), ActivationGrid(False, shards=2)])
+def test_on_a_gpu_codes_scales_and_outputs_are_those_of_the_cpu_to_the_bit(grid, dtype):
+    torch.manual_seed(0)
+    x = (torch.randn(300, 256) * torch.randn(256).exp()).to(dtype)
+    x[2], x[3], x[4] = 0.0, 1.5, x[4].abs() + 1  # no range; one sign
+    weight, bias = torch.randn(320, 256).to(dtype), torch.randn(320).to(dtype)
+    results = []
+    for device in ("cpu", "cuda"):
+        activations, (codes, scale) = activation_codes(x.to(device), grid), weight_codes(weight.to(device))
+        output = int8_product(activations, codes, scale, bias.to(device), grid, dtype)
+        results.append([part.cpu() for part in (*activations, codes, scale, output)])
+    for on_cpu, on_gpu in zip(*results, strict=True):
+        assert torch.equal(on_cpu, on_gpu)
+
+
+@needs_gpu
+@pytest.mark.parametrize("grid", [*GRIDS, ActivationGrid(shards=4)])
+def test_on_a_gpu_gradients_pass_straight_through_as_on_the_cpu(grid):
+    torch.manual_seed(0)
+    leaves, upstream = (torch.randn(2, 5, 64), torch.randn(48, 64), torch.randn(48)), torch.randn(2, 5, 48)
+    results = []
+    for device in ("cpu", "cuda"):
+        x, weight, bias = (leaf.to(device, copy=True).requires_grad_() for leaf in leaves)
+        Int8Matmul.apply(x, weight, bias, grid).backward(upstream.to(device))
+        results.append([leaf.grad for leaf in (x, weight, bias)])
+    for on_cpu, on_gpu in zip(*results, strict=True):
+        torch.testing.assert_close(on_gpu.cpu(), on_cpu, atol=1e-5, rtol=1e-5)

@@ -21,6 +21,7 @@ from raykd.student import int8_arithmetic
 from raykd.student.int8_arithmetic import ActivationGrid, weight_codes
 from raykd.student.model import load_student
 from raykd.student.quantization import Int8Linear, int8_layers, prepare_int8, set_quantized
+from tests.conftest import needs_gpu
 from tests.int8_model import (
     ASYMMETRIC,
     SYMMETRIC,
@@ -178,6 +179,44 @@ def test_a_student_that_is_saved_and_loaded_has_the_same_codes(tmp_path, tiny_mo
         for a, b in zip(*(weight_codes(m.model.get_parameter(f"{name}.weight")) for m in (student, resumed)), strict=True):
             assert torch.equal(a, b)
     assert torch.equal(student.model.eval()(ids).logits, resumed.model.eval()(ids).logits)
+
+
+# --- on a GPU -------------------------------------------------------------------------------------------------------------
+
+
+@needs_gpu
+@pytest.mark.parametrize("in_bfloat16", [False, True])
+def test_on_a_gpu_a_layer_computes_what_it_computes_on_the_cpu(in_bfloat16):
+    torch.manual_seed(0)
+    x, upstream = torch.randn(3, 11, 32), torch.randn(3, 11, 64)
+    results = []
+    for device in ("cpu", "cuda"):
+        model: Any = small_model()
+        prepare_int8(model, SYMMETRIC)
+        layer, own = model.model.layers[0].mlp.up_proj.to(device), x.to(device, copy=True).requires_grad_()
+        with torch.autocast(device, torch.bfloat16, enabled=in_bfloat16):
+            output = layer(own)
+        output.backward(upstream.to(device, output.dtype))
+        found: Any = (output.detach(), own.grad, layer.weight.grad)
+        results.append([tensor.float().cpu() for tensor in found])
+    (output, *gradients), (gpu_output, *gpu_gradients) = results
+    assert torch.equal(gpu_output, output)
+    for on_cpu, on_gpu in zip(gradients, gpu_gradients, strict=True):
+        assert (on_gpu - on_cpu).norm() <= (1e-2 if in_bfloat16 else 1e-6) * on_cpu.norm()
+
+
+@needs_gpu
+def test_on_a_gpu_a_model_in_int8_learns_from_the_same_gradients_as_on_the_cpu():
+    """Not to the last bit: attention rounds otherwise, and a value that lies between two codes may fall to either side."""
+    results = []
+    for device in ("cpu", "cuda"):
+        model: Any = small_model()
+        prepare_int8(model, SYMMETRIC)
+        gradients_of(model.to(device), batch().to(device))
+        results.append(torch.cat([p.grad.flatten().cpu() for p in model.parameters() if p.grad is not None]))
+    on_cpu, on_gpu = results
+    assert (on_gpu - on_cpu).norm() <= 0.05 * on_cpu.norm()
+    assert len(on_gpu) == sum(p.numel() for p in small_model().parameters())
 
 
 # --- several workers ------------------------------------------------------------------------------------------------------
