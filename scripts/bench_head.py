@@ -22,12 +22,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from raykd.losses.head import HeadRows, head_logprobs, head_loss
-from raykd.losses.kd import sparse_kd_loss
+from raykd.losses.kd import Divergence, sparse_kd_loss
 from raykd.losses.reduction import masked_sum
 
 MIB = 1 << 20
@@ -63,43 +64,50 @@ class Sample:
 
 
 def make_inputs(shape: Shape) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(shape.rows, shape.hidden, generator=generator)
-    weight = torch.randn(shape.vocab, shape.hidden, generator=generator) * 2.0 / shape.hidden**0.5
+    dtype, device = DTYPES[shape.dtype], shape.device
+    generator = torch.Generator(device).manual_seed(0)
+    drawn: dict[str, Any] = {"generator": generator, "device": device}
+    hidden = torch.randn(shape.rows, shape.hidden, **drawn)
+    weight = torch.randn(shape.vocab, shape.hidden, **drawn) * 2.0 / shape.hidden**0.5
     # Distinct ids per row without sorting [N, V]: one random id per bucket of the vocabulary.
     bucket = shape.vocab // shape.top_k
-    offsets = torch.randint(0, bucket, (shape.rows, shape.top_k), generator=generator)
-    topk_ids = offsets + bucket * torch.arange(shape.top_k)
-    labels = torch.randint(0, shape.vocab, (shape.rows,), generator=generator)
+    offsets = torch.randint(0, bucket, (shape.rows, shape.top_k), **drawn)
+    topk_ids = offsets + bucket * torch.arange(shape.top_k, device=device)
+    labels = torch.randint(0, shape.vocab, (shape.rows,), **drawn)
     labels[::2] = topk_ids[::2, 0]
-    teacher = torch.randn(shape.rows, shape.top_k + 1, generator=generator).mul_(2.0).log_softmax(dim=1)
-    support = torch.ones(shape.rows, shape.top_k + 1, dtype=torch.bool)
+    teacher = torch.randn(shape.rows, shape.top_k + 1, **drawn).mul_(2.0).log_softmax(dim=1)
+    support = torch.ones(shape.rows, shape.top_k + 1, dtype=torch.bool, device=device)
     support[:, -1] = False
-    dtype, device = DTYPES[shape.dtype], shape.device
     return Inputs(
-        hidden=hidden.to(device, dtype).requires_grad_(),
-        weight=weight.to(device, dtype).requires_grad_(),
-        ids=torch.cat([topk_ids, labels[:, None]], dim=1).to(device),
-        support=support.to(device),
-        teacher_logprobs=teacher[:, :-1].contiguous().to(device),
-        teacher_log_tail=teacher[:, -1].contiguous().to(device),
+        hidden=hidden.to(dtype).requires_grad_(),
+        weight=weight.to(dtype).requires_grad_(),
+        ids=torch.cat([topk_ids, labels[:, None]], dim=1),
+        support=support,
+        teacher_logprobs=teacher[:, :-1].contiguous(),
+        teacher_log_tail=teacher[:, -1].contiguous(),
     )
 
 
-def loss_of(data: Inputs, logprobs: Tensor, log_tail: Tensor, rows: slice) -> Tensor:
-    """Forward KL with tail bucket plus cross-entropy, per token of the whole batch."""
+def loss_of(
+    data: Inputs, logprobs: Tensor, log_tail: Tensor, rows: slice, divergence: Divergence = "forward_kl", ce: bool = True
+) -> Tensor:
+    """Divergence with tail bucket plus cross-entropy, per token of the whole batch."""
     teacher, tail = data.teacher_logprobs[rows], data.teacher_log_tail[rows]
     weight = torch.ones_like(tail)
-    kd = sparse_kd_loss(logprobs[:, :-1], log_tail, teacher, tail, weight)
-    return (kd.sum + masked_sum(-logprobs[:, -1], weight).sum) / len(data.ids)
+    loss = sparse_kd_loss(logprobs[:, :-1], log_tail, teacher, tail, weight, divergence=divergence).sum
+    return (loss + masked_sum(-logprobs[:, -1], weight).sum if ce else loss) / len(data.ids)
 
 
-def run_naive(data: Inputs) -> Tensor:
+def naive_loss(data: Inputs) -> Tensor:
     logits = data.hidden @ data.weight.T  # alive until the end, as a model's output is in a training loop
     logprobs = logits.float().log_softmax(dim=1)
     selected = logprobs.gather(1, data.ids)
     log_tail = torch.log1p(-selected[:, :-1].exp().sum(dim=1))
-    loss = loss_of(data, selected, log_tail, slice(None))
+    return loss_of(data, selected, log_tail, slice(None))
+
+
+def run_naive(data: Inputs) -> Tensor:
+    loss = naive_loss(data)
     loss.backward()
     return loss.detach()
 
@@ -111,9 +119,9 @@ def run_recompute(data: Inputs) -> Tensor:
     return loss.detach()
 
 
-def run_gradient_in_forward(data: Inputs) -> Tensor:
+def run_gradient_in_forward(data: Inputs, divergence: Divergence = "forward_kl", ce: bool = True) -> Tensor:
     def rows_loss(head: HeadRows) -> tuple[Tensor, Tensor]:
-        loss = loss_of(data, head.logprobs, head.log_tail, head.rows)
+        loss = loss_of(data, head.logprobs, head.log_tail, head.rows, divergence, ce)
         return loss, loss.detach()[None]
 
     loss, _ = head_loss(data.hidden, data.weight, data.ids, data.support, rows_loss)

@@ -16,6 +16,7 @@ from raykd.losses.combine import combine, loss_counts
 from raykd.losses.context import Head, LossContext, TeacherTop
 from raykd.losses.sweep import sweep_weights
 from raykd.types import Batch, Example, LossReport, Mark, SetKind, Source, StudentOutput
+from tests.conftest import needs_gpu
 
 V, H, K, TEACHER_H = 40, 6, 5, 4
 EOS, BOT, EOT = 1, 2, 3
@@ -309,3 +310,48 @@ def test_the_policy_gradient_is_clipped_where_answers_serve_more_than_once():
         torch.testing.assert_close(gradient, reinforce[name])
     assert all((gradient == 0).all() for gradient in gradients(now - 0.25, 0.2).values())
     assert any((gradient != 0).any() for gradient in gradients(now - 0.25, 0.3).values())
+
+
+# --- on a GPU -------------------------------------------------------------------------------------------------------------
+
+
+def run_on(device: str, config: LossConfig, *, autocast: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients in float32, or under autocast to bfloat16; the host may not wait for a GPU anywhere."""
+    model = Model().float().to(device)
+    context, batch = context_of(model), collate_kd_batch(make_examples(), pad_id=0)
+    counts = {name: count.to(device) for name, count in loss_counts(batch, config, context).items()}
+    top, reference = context.teacher_top, context.reference_head
+    assert top is not None
+    assert reference is not None
+    assert reference.bias is not None
+    context = dataclasses.replace(
+        context,
+        opening_ids=context.opening_ids.to(device),
+        rms=context.rms.to(device),
+        teacher_top=top.to(torch.device(device)),
+        reference_head=reference._replace(bias=reference.bias.float().to(device)),
+    )
+    batch, head = batch.to(device), Head(model.head.weight, model.head.bias)
+    torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
+    try:
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            total = combine(batch, model(batch), head, config, counts, context).total
+        total.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return total.detach().cpu(), {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@needs_gpu
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("config", [*CASES, EVERYTHING], ids=lambda config: next(iter(config.weights)))
+def test_on_a_gpu_a_loss_is_what_it_is_on_the_cpu_and_the_host_never_waits(config, autocast):
+    total, gradients = run_on("cpu", config)
+    on_gpu, gpu_gradients = run_on("cuda", config, autocast=autocast)
+    assert gpu_gradients.keys() == gradients.keys()
+    # bfloat16 has 8 bits: an error of 2^-9 in every state, layer after layer, and in the gradient of every logit.
+    of_total, of_gradients = (5e-3, 2e-2) if autocast else (1e-5, 1e-5)
+    assert abs(on_gpu - total) <= of_total * abs(total)
+    together = torch.cat([gradient.flatten() for gradient in gradients.values()])
+    found = torch.cat([gradient.flatten() for gradient in gpu_gradients.values()])
+    assert (found - together).norm() <= of_gradients * together.norm()
