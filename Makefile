@@ -40,7 +40,7 @@ worker kd proc answer qat: setup ## one stage (scripts/stage.sh): make kd ARGS="
 test: setup lint ## ruff, pyright, pytest in two processes (tests/conftest.py says which runs what)
 	@$(PYTHON) -m pytest -n 2 -m "not long"
 
-test_long: setup ## what takes minutes: a sweep that is killed and goes on
+test_long: setup ## what takes minutes: a sweep that is killed and goes on, crashes in a run on a mixture
 	@$(PYTHON) -m pytest -m long
 
 lint: setup

@@ -265,6 +265,7 @@ def test_a_mixture_trains_on_all_rows_of_both_and_every_step_on_some_of_each(con
 
 
 @pytest.mark.ray
+@pytest.mark.long
 def test_a_mixture_goes_on_after_its_driver_was_killed_and_after_a_worker_died(
     config_file, undisturbed_mixture, monkeypatch, tmp_path
 ):
@@ -284,6 +285,7 @@ def test_a_mixture_goes_on_after_its_driver_was_killed_and_after_a_worker_died(
 
 
 @pytest.mark.ray
+@pytest.mark.long
 def test_two_workers_and_two_epochs_of_a_mixture_drop_and_repeat_nothing(config_file, ray_cluster):
     options = ["train.num_workers=2", "train.epochs=2", "train.sequences_per_step=5", offline(config_file, weight=0.5)]
     assert main(["--config", str(config_file), "run.name=two_mixed", *options]) == 0
