@@ -28,7 +28,14 @@ from raykd.student.model import count_parameters, on_meta, student_config
 from raykd.student.quantization import Int8Linear, prepare_int8
 from raykd.student.tokenizer import rows_needed
 from raykd.training.reference import needs_reference
-from raykd.training.sizing import BYTES_PER_TRAINED_PARAMETER, activation_bytes, by_cluster
+from raykd.training.sizing import (
+    StudentSize,
+    activation_bytes,
+    activations_per_token,
+    by_cluster,
+    head_bytes,
+    trained_bytes,
+)
 from raykd.vocabulary import VocabularyMatch, backend_of, compare_vocabularies, student_tokenizer, token_id
 from teacher_serving.connect import resolve_device
 from teacher_serving.identity import (
@@ -52,8 +59,7 @@ class Plan:
     """What would run, known from files alone."""
 
     teacher: TeacherInfo
-    num_student_parameters: int
-    student_vocab_size: int
+    student: StudentSize
     student_vocabulary: str  # fingerprint, new tokens included
     activations_per_token: int  # values kept for the backward pass of one token, an estimate
 
@@ -97,10 +103,9 @@ def check(config: Config) -> Plan:
         )
     plan = Plan(
         teacher=teacher,
-        num_student_parameters=count_parameters(architecture),
-        student_vocab_size=architecture.vocab_size,
+        student=StudentSize(count_parameters(architecture), architecture.vocab_size, architecture.hidden_size),
         student_vocabulary=vocabulary_fingerprint(backend_of(tokenizer)),
-        activations_per_token=_activations_per_token(config, architecture),
+        activations_per_token=activations_per_token(config, architecture),
     )
     return plan
 
@@ -116,15 +121,6 @@ def _max_positions(architecture: PretrainedConfig, default: int) -> int:
     if rope.get("rope_type") != "longrope":
         return max_positions
     return min(max_positions, rope.get("original_max_position_embeddings", max_positions))
-
-
-def _activations_per_token(config: Config, architecture: PretrainedConfig) -> int:
-    """About 12 hidden-size and 4 MLP-size values a layer; with checkpointing one layer's and every layer's input."""
-    hidden = architecture.hidden_size
-    per_layer = 12 * hidden + 4 * getattr(architecture, "intermediate_size", 4 * hidden)
-    if config.train.gradient_checkpointing:
-        return per_layer + architecture.num_hidden_layers * hidden
-    return per_layer * architecture.num_hidden_layers
 
 
 def _check_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase, match: VocabularyMatch, num_rows: int) -> int:
@@ -204,7 +200,7 @@ def _disk(config: Config, plan: Plan) -> tuple[Path, int, int]:
     folder = Path(config.run.dir)
     while not folder.exists():
         folder = folder.parent
-    needed = plan.num_student_parameters * BYTES_PER_CHECKPOINT_PARAMETER * (config.train.keep_checkpoints + 1)
+    needed = plan.student.parameters * BYTES_PER_CHECKPOINT_PARAMETER * (config.train.keep_checkpoints + 1)
     return folder, shutil.disk_usage(folder).free, needed
 
 
@@ -265,8 +261,8 @@ def print_summary(
         Panel(_resources(config, cluster), title="resources"),
     ]
     if numbers is None:  # only planned
-        reference = plan.num_student_parameters * torch.float32.itemsize * needs_reference(config)
-        sizes = by_cluster(config, plan.num_student_parameters, plan.activations_per_token, reference)
+        reference = plan.student.parameters * torch.float32.itemsize * needs_reference(config)
+        sizes = by_cluster(config, plan.student, plan.activations_per_token, reference)
         parts.append(Panel(sizes, title="on GPUs"))
     Console().print(Group(*parts))
 
@@ -298,7 +294,7 @@ def _mixture(config: Config, numbers: Mapping[str, int] | None) -> Iterator[tupl
 
 def _arithmetic(config: Config, plan: Plan, numbers: Mapping[str, int] | None) -> Table:
     train = config.train
-    parameters = plan.num_student_parameters
+    parameters = plan.student.parameters
     table = Table(box=None, show_header=False)
     for name, text in _mixture(config, numbers):
         table.add_row(name, text)
@@ -313,11 +309,13 @@ def _arithmetic(config: Config, plan: Plan, numbers: Mapping[str, int] | None) -
         steps = num_steps(config, num_rows)
         table.add_row("steps", f"{steps:,} = {train.epochs} epochs x {-(-num_rows // train.sequences_per_step):,}")
     table.add_row("losses", ", ".join(f"{weight:g} x {name}" for name, weight in config.loss.weights.items()))
-    table.add_row("student", f"{parameters:,} parameters, {plan.student_vocab_size:,} LM-head rows")
+    table.add_row("student", f"{parameters:,} parameters, {plan.student.vocab_size:,} LM-head rows")
     table.add_row(
         "memory of a worker",
-        f"{_mib(parameters * BYTES_PER_TRAINED_PARAMETER)} weights, gradients and Adam moments (float32), "
-        f"about {_mib(activation_bytes(config, plan.activations_per_token))} activations",
+        f"{_mib(trained_bytes(config, parameters))} weights, gradients and Adam moments"
+        f"{', copies in bfloat16' if train.precision == 'bfloat16' else ''}, about "
+        f"{_mib(activation_bytes(config, plan.activations_per_token))} activations, on a GPU "
+        f"{_mib(head_bytes(config, plan.student))} logits",
     )
     if needs_reference(config):
         table.add_row("student as it began", f"{_mib(parameters * torch.float32.itemsize)} more on every worker")

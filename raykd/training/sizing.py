@@ -2,24 +2,28 @@
 
 In:  Config, parameters of teacher and student. Out: for 1, 8 and 64 GPUs how the run would be laid out, and GiB per GPU.
 
-Workers hold weights, gradients, Adam's moments (float32) and the activations of a micro-batch; teachers their weights, and
-as KV cache what is left of `gpu_memory_utilization`. Loss chunks, allocator and CUDA context come on top: leave a tenth.
+Workers hold weights, gradients, Adam's moments (float32), in bfloat16 the copies of the weights that autocast makes, the
+activations of a micro-batch, and the buffers of the head operation; teachers their weights, and as KV cache what is left of
+`gpu_memory_utilization`. Allocator and CUDA context are not in it: leave a tenth.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from rich.table import Table
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from raykd.config import Config
+from raykd.losses.head import buffer_bytes
 from raykd.student.model import count_parameters
 from teacher_serving.config import VllmTeacherConfig
 
 CLUSTERS = (1, 8, 64)
 BYTES_PER_TRAINED_PARAMETER = 16  # float32 weights, gradients and two Adam moments
+BYTES_PER_COPIED_PARAMETER = 2  # bfloat16, made by autocast and kept for the backward pass
 GPU_SIZES = (24, 48, 80, 141)  # GB of common ones
 USABLE = 0.9
 
@@ -34,6 +38,14 @@ class Layout:
     gpus_per_teacher: int
 
 
+class StudentSize(NamedTuple):
+    """What the memory of a student goes by."""
+
+    parameters: int
+    vocab_size: int
+    hidden_size: int
+
+
 def layout(config: Config, num_gpus: int) -> Layout:
     """Workers and teachers in the ratio of the config, on so many GPUs. Without prompts there are no teachers."""
     each = config.teacher.tensor_parallel_size if isinstance(config.teacher, VllmTeacherConfig) else 1
@@ -43,15 +55,41 @@ def layout(config: Config, num_gpus: int) -> Layout:
     return Layout(num_gpus, max(0, num_gpus - teachers * each), teachers, each)
 
 
-def worker_bytes(config: Config, num_parameters: int, activations_per_token: int) -> float:
+def worker_bytes(config: Config, student: StudentSize, activations_per_token: int) -> float:
     """Memory of a train worker, all of the student on it."""
-    return num_parameters * BYTES_PER_TRAINED_PARAMETER + activation_bytes(config, activations_per_token)
+    in_use = activation_bytes(config, activations_per_token) + head_bytes(config, student)
+    return trained_bytes(config, student.parameters) + in_use
+
+
+def trained_bytes(config: Config, num_parameters: int) -> float:
+    """The student's weights, gradients and Adam moments, and what autocast copies of them."""
+    copied = BYTES_PER_COPIED_PARAMETER if config.train.precision == "bfloat16" else 0
+    return num_parameters * (BYTES_PER_TRAINED_PARAMETER + copied)
+
+
+def activations_per_token(config: Config, architecture: PretrainedConfig) -> int:
+    """Values that a token keeps for the backward pass, an estimate: about 12 hidden-size and 4 MLP-size ones a layer, with
+    checkpointing one layer's and every layer's input. Under autocast the residual stream and what the norms keep count
+    twice, being float32 beside bfloat16, and so does each matrix's own copy of its input."""
+    hidden, in_bfloat16 = architecture.hidden_size, config.train.precision == "bfloat16"
+    per_layer = (22 if in_bfloat16 else 12) * hidden + 4 * getattr(architecture, "intermediate_size", 4 * hidden)
+    if config.train.gradient_checkpointing:
+        return per_layer + architecture.num_hidden_layers * hidden * (2 if in_bfloat16 else 1)
+    return per_layer * architecture.num_hidden_layers
 
 
 def activation_bytes(config: Config, activations_per_token: int) -> float:
     """What a micro-batch keeps for its backward pass."""
     dtype = torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
     return config.train.max_tokens_per_micro_batch * activations_per_token * dtype.itemsize
+
+
+def head_bytes(config: Config, student: StudentSize) -> float:
+    """What the loss takes at a time: chunks of logits, and the head's float32 gradient until it is added to that of the last
+    micro-batch."""
+    itemsize = torch.bfloat16.itemsize if config.train.precision == "bfloat16" else torch.float32.itemsize
+    chunks = buffer_bytes(config.train.max_tokens_per_micro_batch, student.vocab_size, itemsize)
+    return chunks + student.vocab_size * student.hidden_size * torch.float32.itemsize
 
 
 def teacher_bytes(config: Config, gpus_per_teacher: int) -> float:
@@ -62,12 +100,12 @@ def teacher_bytes(config: Config, gpus_per_teacher: int) -> float:
     return count_parameters(architecture) * itemsize / gpus_per_teacher
 
 
-def by_cluster(config: Config, num_parameters: int, activations_per_token: int, reference_bytes: float) -> Table:
+def by_cluster(config: Config, student: StudentSize, activations_per_token: int, reference_bytes: float) -> Table:
     """A row for every number of GPUs in CLUSTERS. `reference_bytes`: of a frozen second student, where a loss wants one."""
     table = Table(box=None)
     for column in ("GPUs", "workers", "teachers", "sequences a step", "GiB a worker", "GiB a teacher"):
         table.add_column(column, justify="right")
-    needed = worker_bytes(config, num_parameters, activations_per_token) + reference_bytes
+    needed = worker_bytes(config, student, activations_per_token) + reference_bytes
     for num_gpus in CLUSTERS:
         plan = layout(config, num_gpus)
         if not plan.workers:

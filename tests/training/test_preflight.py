@@ -33,8 +33,8 @@ def configured(base: list[str], *overrides: str) -> Config:
 
 def test_a_run_that_can_work_passes_and_is_counted(base: list[str]):
     plan = check(configured(base))
-    assert plan.teacher.vocab_size == plan.student_vocab_size
-    assert plan.num_student_parameters > 0
+    assert plan.teacher.vocab_size == plan.student.vocab_size
+    assert plan.student.parameters > 0
     check_resources(configured(base), {"CPU": 8})
 
 
@@ -46,7 +46,7 @@ def test_other_vocabularies_are_refused_with_the_numbers(base: list[str], tiny_m
     vocabulary["strange"] = vocabulary.pop(list(vocabulary)[-1])
     tokenizer["model"]["merges"].pop()
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    number = check(configured(base)).student_vocab_size
+    number = check(configured(base)).student.vocab_size
     words = rf"have different vocabularies: {number} and {number} tokens, {number - 1} of the teacher's are.*lacks 1 tokens"
     with pytest.raises(ValueError, match=words):
         check(configured(base, f"student.model={other}"))
@@ -58,9 +58,9 @@ STAGES = ["latent.stages=[{steps: 1, slots: 2, probability: 1}]", "loss.ce_teach
 
 def test_a_student_may_have_more_tokens_than_its_teacher_and_gets_rows_for_them(base: list[str], tmp_path: Path):
     plain, more = check(configured(base)), check(configured(base, SENTINELS))
-    assert more.student_vocab_size == -(-(plain.student_vocab_size + 3) // 64) * 64
-    new_rows = more.student_vocab_size - plain.student_vocab_size
-    assert more.num_student_parameters == plain.num_student_parameters + 64 * new_rows
+    assert more.student.vocab_size == -(-(plain.student.vocab_size + 3) // 64) * 64
+    new_rows = more.student.vocab_size - plain.student.vocab_size
+    assert more.student.parameters == plain.student.parameters + 64 * new_rows
     full = ["loss.kd_support=full", "teacher.hidden_layers=[1]"]
     check(configured(base, SENTINELS, *full))
     check(configured(base, *full, "loss.kd_divergence=reverse_kl"))
@@ -192,7 +192,7 @@ def test_a_k_larger_than_the_vocabulary_is_refused_though_the_head_has_padding_r
     models = [f"teacher.model={padded}", f"student.model={padded}", "student.random_weights=true"]
     with pytest.raises(ValueError, match="top_k=100 is more than the vocabulary's 64 tokens"):
         check(configured(base, *models, "teacher.top_k=100"))
-    assert check(configured(base, *models, "teacher.top_k=64")).student_vocab_size == 128
+    assert check(configured(base, *models, "teacher.top_k=64")).student.vocab_size == 128
     with pytest.raises(ValueError, match="top_k=200 is larger than the vocabulary of .*: 128 tokens"):
         check(configured(base, *models, "teacher.top_k=200"))
 
