@@ -389,10 +389,9 @@ def table(rows: Sequence[Measured], cost: Mapping[str, Any], num_steps: int) -> 
     ms = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in cost["cpu_ms"].items())
     lines += [
         "",
-        f"A step with all {len(cost['losses'])} losses takes {cost['own_rows']:.3f} times the CPU time of one with kd "
-        f"alone, on the rows that kd has, {cost['same_rows']:.3f} times where both also train on the rejected halves of "
-        f"pairs and the student's own answers, and {cost['whole_step']:.2f} times with all that they bring along: these "
-        f"rows, the reference's opinion of pairs, sampling (medians in ms: {ms}).",
+        f"A step with all {len(cost['losses'])} losses takes {cost['own_rows']:.3f} times the CPU time of kd alone on kd's "
+        f"rows, {cost['same_rows']:.3f} times where both have the rejected halves of pairs and the student's answers too, "
+        f"{cost['whole_step']:.2f} times with making these rows and the reference's opinion (medians in ms: {ms}).",
     ]
     return "\n".join(lines) + "\n"
 

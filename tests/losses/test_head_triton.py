@@ -32,10 +32,12 @@ def test_by_the_interpreter_all_of_this_holds():
 
 
 def make_case(num_rows: int, vocab_size: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, ids, support. Logits are large and small, -inf at the front, and all along the last row; ids repeat."""
+    """Logits, ids, support. Logits are large and small, -inf at the front, and all along the last row; ids repeat. In the
+    first row those behind the first block are out of reach of its exponentials."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(num_rows, vocab_size, generator=generator) * 20
     logits[:, : vocab_size // 3] = -torch.inf
+    logits[0, 4096:] += 300
     if num_rows > 1:
         logits[-1] = -torch.inf
     ids = torch.randint(0, vocab_size, (num_rows, 5), generator=generator)

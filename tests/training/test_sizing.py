@@ -31,7 +31,7 @@ def test_gpus_are_shared_out_in_the_ratio_of_the_config(recipe, num_gpus, worker
     assert found.workers + found.teachers * found.gpus_per_teacher <= max(num_gpus, found.gpus_per_teacher)
 
 
-def test_memory_is_sixteen_bytes_a_parameter_and_the_activations_and_a_teacher_is_cut_by_its_gpus(tmp_path):
+def test_memory_is_eighteen_bytes_a_parameter_in_bfloat16_and_what_a_step_needs_and_a_teacher_is_cut_by_its_gpus(tmp_path):
     Qwen3Config(
         hidden_size=64, intermediate_size=128, num_hidden_layers=1, vocab_size=100, dtype="bfloat16"
     ).save_pretrained(tmp_path)
