@@ -104,10 +104,10 @@ def transformers_step(trainer: Trainer, batches: list[Batch]) -> None:
 
 def planned_gib(config: Config, architecture: Qwen3Config, num_parameters: int) -> dict[str, float]:
     """What `--plan` says that a worker takes, with and without gradient checkpointing."""
-    size, planned = StudentSize(num_parameters, architecture.vocab_size, architecture.hidden_size), {}
+    size, planned = StudentSize(num_parameters, num_parameters, architecture.vocab_size, architecture.hidden_size), {}
     for name, checkpointing in (("plain", False), ("checkpointing", True)):
         own = config.model_copy(update={"train": config.train.model_copy(update={"gradient_checkpointing": checkpointing})})
-        planned[name] = worker_bytes(own, size, activations_per_token(own, architecture)) / GIB
+        planned[name] = worker_bytes(own, size, activations_per_token(own, architecture), 1) / GIB
     return planned
 
 

@@ -38,7 +38,8 @@ def save_run(run: Path, config: Config, *, step: int = 3) -> Path:
     student = load_student(StudentConfig(model=config.student.model), config.run.seed)
     student.heads = make_heads(student.hidden_size, {"halt": 1.0})
     state = {"step": step, "config": config.model_dump(mode="json")}
-    snapshot = Snapshot(student, optimizer={}, ledger=np.empty(0, np.int64), rng=[{"torch": torch.zeros(1)}], state=state)
+    rng = [{"torch": torch.zeros(1)}]
+    snapshot = Snapshot(student, tensors=None, optimizer={}, ledger=np.empty(0, np.int64), rng=rng, state=state)
     return save_checkpoint(run, snapshot, keep=2)
 
 

@@ -105,7 +105,7 @@ def _examples(
 ) -> tuple[list[tuple[Example, list[Refinement]]], list[str]]:
     """Examples that have a target of a head, each with its refinements; why there is none of other rows."""
     wanted = Wanted(halt=config.halt, caws_tier=config.loss.caws_tier)
-    tokenizer = load_tokenizer(config.teacher.model)
+    tokenizer = load_tokenizer(config.teacher.tokenizer_folder)
     reader = RowReader(tokenizer, max_tokens=teacher.max_model_len, wanted=wanted, pairs=False)
     kept, rejected = [], []
     for (where, row), made in zip(rows, reader.examples([row.value for _, row in rows]), strict=True):

@@ -58,7 +58,7 @@ def run_heads(config: Config, files: ModelFiles, rows: HeadRows, eos_ids: Sequen
     disable_progress_bar()
     student = load_with_heads(config.student, files)
     student.to("cuda" if torch.cuda.is_available() else "cpu")
-    match = compare_vocabularies(load_tokenizer(config.teacher.model), student.tokenizer).require()
+    match = compare_vocabularies(load_tokenizer(config.teacher.tokenizer_folder), student.tokenizer).require()
     examples = remap_ids(rows.examples, match)
     halt, quality = [], []
     with torch.inference_mode():

@@ -62,7 +62,7 @@ def check_model(config: Config, name: str, files: ModelFiles) -> None:
 
 def match_vocabulary(config: Config, folder: Path) -> VocabularyMatch:
     """What a model's vocabulary has to do with the teacher's. Raises ValueError where it is different."""
-    return compare_vocabularies(load_tokenizer(config.teacher.model), student_tokenizer(folder, ())).require()
+    return compare_vocabularies(load_tokenizer(config.teacher.tokenizer_folder), student_tokenizer(folder, ())).require()
 
 
 def weight_bytes(folder: Path) -> int:

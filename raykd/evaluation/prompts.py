@@ -84,7 +84,7 @@ def load_judged_prompts(config: Config, teacher: TeacherInfo) -> JudgedPrompts:
             "tokens: lower it, or raise teacher.max_model_len"
         )
     files = find_files(config.data.held_out, "data.held_out")
-    tokenizer = AutoTokenizer.from_pretrained(config.teacher.model)
+    tokenizer = AutoTokenizer.from_pretrained(config.teacher.tokenizer_folder)
     rows = all_rows(files)
     prompts, rejected = [], []
     for where, row in sample(rows, config):

@@ -64,6 +64,11 @@ def evaluate(config: Config, models: Mapping[str, ModelFiles], folder: Path) -> 
     Needs a Ray cluster. In `folder` and for as long as it takes, the untrained student is made again from config.student and
     run.seed (not where the run goes on from another), and students of stage qat become the INT8 models they were trained as.
     """
+    if not isinstance(config.teacher, LocalTeacherConfig):
+        raise EvaluationError(
+            f"teacher.kind={config.teacher.kind}: the teacher is judged beside the students, with an engine of its own; "
+            "give a config whose teacher is a model folder (kind: vllm or hf)"
+        )
     info = describe(config.teacher)
     for name, files in models.items():
         check_model(config, name, files)
@@ -79,7 +84,12 @@ def evaluate(config: Config, models: Mapping[str, ModelFiles], folder: Path) -> 
             judged[name] = _judge(config, files.folder, answers, speed, prompts, judged[TEACHER].texts)
         scoring = {
             name: _task(config, score_by_teacher).remote(
-                config.student, str(files.folder), config.teacher.model, table, teacher_rows, config.train.threads_per_worker
+                config.student,
+                str(files.folder),
+                config.teacher.tokenizer_folder,
+                table,
+                teacher_rows,
+                config.train.threads_per_worker,
             )
             for name, files in ready.items()
         }
@@ -134,7 +144,7 @@ def _judge_teacher(
     config: Config, info: TeacherInfo, prompts: JudgedPrompts, made: Mapping[str, ray.ObjectRef]
 ) -> tuple[dict[str, Judged], ray.ObjectRef]:
     """The teacher with the scores of its texts, and a reference to its answers with their top-k."""
-    teacher = Path(config.teacher.model)
+    teacher = Path(config.teacher.tokenizer_folder)
     answers, rows, speed = write(config, teacher, TEACHER, info, prompts, keep_scores=True, after=list(made.values()))
     judged = _judge(config, teacher, answers, speed, prompts, None)
     for score, nats in zip(judged.scores, _own_nats(answers), strict=True):

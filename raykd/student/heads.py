@@ -69,9 +69,10 @@ def projections_of(heads: nn.ModuleDict) -> nn.ModuleDict:
     return found
 
 
-def save_heads(heads: nn.ModuleDict, file: Path) -> None:
-    """Write all heads into one safetensors file."""
-    save_file({name: tensor.contiguous() for name, tensor in heads.state_dict().items()}, file)
+def save_heads(heads: nn.ModuleDict, file: Path, tensors: Mapping[str, Tensor] | None = None) -> None:
+    """Write all heads into one safetensors file. `tensors`: theirs, where they hold a share of them only."""
+    tensors = heads.state_dict() if tensors is None else tensors
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
 
 
 def heads_in(file: Path | None) -> set[str]:

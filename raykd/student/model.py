@@ -7,7 +7,7 @@ Out: `Student`: input_ids -> StudentOutput; the head's weight for the losses; a 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Qwen3Config,
 )
 
 from raykd.config import StudentConfig
@@ -27,6 +28,8 @@ from raykd.student.latent import LatentSpans, fill_slots
 from raykd.student.tokenizer import migrate
 from raykd.types import StudentOutput
 from teacher_serving.identity import vocabulary_size
+
+KEPT_IN_STAND_INS = ("vocab_size", "max_position_embeddings", "tie_word_embeddings", "eos_token_id", "pad_token_id", "dtype")
 
 
 class Student(nn.Module):
@@ -77,7 +80,8 @@ class Student(nn.Module):
             halt_logits = read_head(self.heads[HALT], hidden, decision_index)
         if SELF_EVALUATION in self.heads and end_index is not None:
             read_from = hidden.detach() if self.detach_self_evaluation else hidden
-            quality_logits = read_head(self.heads[SELF_EVALUATION], read_from, end_index).squeeze(-1)
+            logits = read_head(self.heads[SELF_EVALUATION], read_from, end_index)
+            quality_logits = logits.squeeze(-1).clone()  # FSDP hooks what comes out, and warns of views
         return StudentOutput(hidden, tuple(layers[layer] for layer in self.layers), halt_logits, quality_logits)
 
     def latent_width(self, input_ids: torch.Tensor) -> int:
@@ -107,13 +111,13 @@ class Student(nn.Module):
         """Ids that the tokenizer knows; rows of the head beyond them are padding and no token."""
         return min(vocabulary_size(self.tokenizer), self.head_weight.shape[0])
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
         """Write a plain Hugging Face folder: safetensors, config, generation config, tokenizer.
 
         Weights stay in float32, so that training can go on from them exactly; config.json names `saved_dtype`, the type
-        in which transformers and vLLM will load them.
+        in which transformers and vLLM will load them. `tensors`: the model's, where it holds a share of them only.
         """
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(folder, state_dict=None if tensors is None else dict(tensors))
         trained_dtype = self.model.config.dtype
         self.model.config.dtype = self.saved_dtype
         self.model.config.save_pretrained(folder)
@@ -137,9 +141,16 @@ def _layer_outputs(model: PreTrainedModel, layers: tuple[int, ...]) -> Iterator[
 
     with contextlib.ExitStack() as stack:
         for layer in layers:
-            module = model.get_submodule(f"{_stack_name(model)}.{layer}")
+            module = decoder_layers(model)[layer]
             stack.callback(module.register_forward_hook(keep(layer)).remove)
         yield found
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's decoder layers, in their order."""
+    stack = model.get_submodule(_stack_name(model))
+    assert isinstance(stack, nn.ModuleList), f"decoder layers in a {type(stack).__name__}"
+    return stack
 
 
 def _stack_name(model: PreTrainedModel) -> str:
@@ -167,13 +178,14 @@ def load_student(config: StudentConfig, seed: int) -> Student:
     """
     architecture = student_config(config)
     saved_dtype = architecture.dtype if isinstance(architecture.dtype, torch.dtype) else torch.float32
-    if not config.random_weights and config.layers is None:
+    random_weights = config.random_weights or config.stand_in
+    if not random_weights and config.layers is None:
         model = _load_strictly(config)
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32, attn_implementation=config.attention)
-        if not config.random_weights and config.layers is not None:
+        if not random_weights and config.layers is not None:
             model = _cut(_load_strictly(config), config.layers, model)
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_folder)
     if config.new_tokens:
@@ -187,6 +199,8 @@ def student_config(config: StudentConfig) -> PretrainedConfig:
     if not Path(config.model).exists():
         raise ValueError(f"student.model: found no file or folder {config.model!r}; expected a Hugging Face model folder")
     architecture = AutoConfig.from_pretrained(config.model)
+    if config.stand_in:
+        return _stand_in(architecture, config)
     if config.layers is None:
         return architecture
     num_layers = architecture.num_hidden_layers
@@ -203,9 +217,25 @@ def student_config(config: StudentConfig) -> PretrainedConfig:
     return architecture
 
 
+def _stand_in(architecture: PretrainedConfig, config: StudentConfig) -> PretrainedConfig:
+    """A model of four values a token, but of the same vocabulary, positions and number of layers."""
+    layers = architecture.num_hidden_layers if config.layers is None else len(config.layers)
+    width = {"hidden_size": 4, "intermediate_size": 4, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 4}
+    same = {name: getattr(architecture, name) for name in KEPT_IN_STAND_INS if hasattr(architecture, name)}
+    return Qwen3Config(**width, **same, num_hidden_layers=layers)  # pyright: ignore[reportArgumentType]
+
+
 def count_parameters(architecture: PretrainedConfig) -> int:
     """Parameters of a model with this config, tied ones once; allocates nothing."""
     return sum(parameter.numel() for parameter in on_meta(architecture).parameters())
+
+
+def count_gathered_parameters(architecture: PretrainedConfig) -> int:
+    """Of these, those that a worker with a share of the student (`train.parallel_strategy=fsdp`) has in whole at a time: all
+    outside of the layers, and two layers, of which one computes while the other comes."""
+    model = on_meta(architecture)
+    layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in decoder_layers(model)]
+    return sum(parameter.numel() for parameter in model.parameters()) - sum(layers) + sum(sorted(layers)[-2:])
 
 
 def on_meta(architecture: PretrainedConfig) -> PreTrainedModel:

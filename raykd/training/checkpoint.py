@@ -5,12 +5,15 @@ In:  a `Snapshot` of the run. Out: `<run>/checkpoints/checkpoint-<step>/`, and t
     student/                a plain Hugging Face folder with tokenizer: serve it, evaluate it, train on from it
     heads.safetensors       heads and projections, which are no part of the folder that is served; only where there are any
     optimizer.safetensors   Adam's moments by parameter name
+    optimizer/              instead of it where the student is sharded: every worker's shares (torch.distributed.checkpoint)
     rng-<rank>.safetensors  random state of every rank
     ledger.npy              sorted int64 uids of the rows that went into optimizer steps since the run began
     state.json              step, epoch, counters, number of steps of the schedule, config, identity of the teacher
     manifest.json           size and sha256 of all of these; written last
 
 A checkpoint is written into a hidden folder, flushed to disk and renamed; old ones go only after that. Nothing is pickled.
+The student is always whole, for whoever reads it next; two thirds of the bytes are the optimizer's, and of these each worker
+of a sharded run writes its own and reads, also when there are more or fewer workers by then, no more than its own.
 """
 
 from __future__ import annotations
@@ -23,22 +26,24 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from raykd.stage_config import QuantizationConfig
 from raykd.student.heads import load_heads, save_heads
-from raykd.student.model import Student
+
+if TYPE_CHECKING:
+    from raykd.student.model import Student  # with it transformers: every process that reads a ledger would wait for it
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
 LEDGER = "ledger.npy"
 OPTIMIZER = "optimizer.safetensors"
+SHARDS = "optimizer"
 STUDENT = "student"
 HEADS = "heads.safetensors"
 
@@ -52,7 +57,8 @@ class Snapshot:
     """Everything that a run is made of between two steps."""
 
     student: Student
-    optimizer: dict[str, Tensor]
+    tensors: dict[str, Tensor] | None  # of the student by name, where it is sharded
+    optimizer: dict[str, Tensor] | Path  # a folder that `optimizer_state.save_shards` has filled
     ledger: np.ndarray  # int64, sorted
     rng: list[dict[str, Tensor]]  # by rank
     state: dict[str, Any]  # JSON; has "step"
@@ -67,23 +73,21 @@ def save_checkpoint(run_folder: Path, snapshot: Snapshot, keep: int) -> Path:
     parent = run_folder / "checkpoints"
     parent.mkdir(parents=True, exist_ok=True)
     final = parent / f"checkpoint-{snapshot.state['step']}"
+    temporary = parent / f".writing-{final.name}"
+    unfinished = [temporary, snapshot.optimizer] if isinstance(snapshot.optimizer, Path) else [temporary]
     if final.exists():
+        _remove(unfinished)
         return final
     for leftover in parent.glob(".*-*"):  # of a process that died while writing or removing
-        shutil.rmtree(leftover)
-    temporary = parent / f".writing-{final.name}"
+        if leftover not in unfinished[1:]:
+            shutil.rmtree(leftover)
     try:
         _write(temporary, snapshot)
         os.rename(temporary, final)
     except (OSError, SafetensorError) as error:
-        kept = latest_checkpoint(run_folder)
-        raise CheckpointError(
-            f"{final} cannot be written: {error}; {shutil.disk_usage(parent).free / 2**20:.0f} MiB are free there. "
-            + (f"{kept} is as it was" if kept else "There is no earlier one")
-            + ": make room and go on with --resume"
-        ) from error
+        raise cannot_write(final, error) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(unfinished)
     _flush(parent)
     for old in list_checkpoints(run_folder)[:-keep]:
         doomed = parent / f".removing-{old.name}"
@@ -94,10 +98,13 @@ def save_checkpoint(run_folder: Path, snapshot: Snapshot, keep: int) -> Path:
 
 def _write(folder: Path, snapshot: Snapshot) -> None:
     folder.mkdir()
-    snapshot.student.save(folder / STUDENT)
+    snapshot.student.save(folder / STUDENT, _part(snapshot.tensors, "model."))
     if len(snapshot.student.heads):
-        save_heads(snapshot.student.heads, folder / HEADS)
-    save_file(snapshot.optimizer, folder / OPTIMIZER)
+        save_heads(snapshot.student.heads, folder / HEADS, _part(snapshot.tensors, "heads."))
+    if isinstance(snapshot.optimizer, Path):
+        os.rename(snapshot.optimizer, folder / SHARDS)
+    else:
+        save_file(snapshot.optimizer, folder / OPTIMIZER)
     for rank, tensors in enumerate(snapshot.rng):
         save_file(tensors, folder / f"rng-{rank}.safetensors")
     np.save(folder / LEDGER, snapshot.ledger, allow_pickle=False)
@@ -107,6 +114,27 @@ def _write(folder: Path, snapshot: Snapshot) -> None:
     write_json(folder / MANIFEST, {"files": list_files(folder)})
     _flush(folder / MANIFEST)
     _flush(folder)
+
+
+def _remove(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _part(tensors: dict[str, Tensor] | None, prefix: str) -> dict[str, Tensor] | None:
+    if tensors is None:
+        return None
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def cannot_write(final: Path, error: BaseException) -> CheckpointError:
+    """What to say when writing a checkpoint failed."""
+    kept = latest_checkpoint(final.parent.parent)
+    return CheckpointError(
+        f"{final} cannot be written: {error}; {shutil.disk_usage(final.parent).free / 2**20:.0f} MiB are free there. "
+        + (f"{kept} is as it was" if kept else "There is no earlier one")
+        + ": make room and go on with --resume"
+    )
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -239,29 +267,3 @@ def take_over_heads(folder: Path, student: Student, names: Iterable[str]) -> Non
         prefixes = tuple(f"{name}." for name in chosen)
         tensors = {name: value for name, value in load_file(folder / HEADS).items() if name.startswith(prefixes)}
         chosen.load_state_dict(tensors, strict=True)
-
-
-def optimizer_tensors(student: Student, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """State of the optimizer as `<parameter>|<key>` -> tensor; empty before the first step."""
-    return {
-        f"{name}|{key}": value
-        for name, parameter in student.named_parameters()
-        for key, value in optimizer.state[parameter].items()
-    }
-
-
-def restore_optimizer(folder: Path, student: Student, optimizer: torch.optim.Optimizer) -> None:
-    """Give the optimizer the state in a checkpoint. Errors: CheckpointError when it is not of exactly these parameters."""
-    tensors = load_file(folder / OPTIMIZER)
-    parameters = {name: value for name, value in student.named_parameters() if value.requires_grad}
-    keys = ("exp_avg", "exp_avg_sq", "step")
-    names = {f"{name}|{key}" for name in parameters for key in keys}
-    if tensors and tensors.keys() != names:
-        differing = sorted(tensors.keys() ^ names)
-        raise CheckpointError(f"{folder / OPTIMIZER} is of another model: it differs in {differing[:5]}")
-    for name, parameter in parameters.items() if tensors else ():
-        state = {key: tensors[f"{name}|{key}"].to(parameter.device) for key in keys}
-        found, expected = list(state["exp_avg"].shape), list(parameter.shape)
-        if found != expected:
-            raise CheckpointError(f"{folder / OPTIMIZER}: found shape {found} for {name}, expected {expected}")
-        optimizer.state[parameter] = state

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 def smooth_student(trainer: Trainer, batches: list[Batch]) -> None:
     """Fold by `quantization.smoothing`, from the activations of the first step; nothing where it is 0. Collective."""
     alpha, student = trainer.config.quantization.smoothing, trainer.student
-    if trainer.config.stage != "qat" or not alpha or trainer.progress.step:
+    if trainer.config.stage != "qat" or not alpha or trainer.progress.step or trainer.config.simulates("step"):
         return
     set_quantized(student.model, False)
     with activation_maxima(student.model) as maxima, trainer.autocast():

@@ -33,13 +33,14 @@ def make_context(
     shapes: dict[int, tuple[int, int]] = {}
     shipped = config.teacher.hidden_layers
     if "intermediate_layer" in losses:
-        teacher = read_text_config(Path(config.teacher.model))
+        teacher = read_text_config(Path(config.teacher.tokenizer_folder))
         num_layers = teacher["num_hidden_layers"]
         pairs = layer_pairs(config.loss.layer_map, architecture.num_hidden_layers, num_layers, shipped)
         shapes = projection_shapes(pairs, architecture.hidden_size, teacher["hidden_size"])
     eos = tokenizer.eos_token
     assert eos is None or isinstance(eos, str), f"one end-of-turn token expected, found {eos!r}"
     needs_latent = "caws_compliance" in losses
+    needs_top = "kd" in losses and config.loss.kd_support == "full" and not config.simulates("step")
     needs_stop = needs_latent or "length_aware" in losses
     context = LossContext(
         eos_id=token_id(tokenizer, eos, "its end-of-turn token") if needs_stop else None,
@@ -49,15 +50,15 @@ def make_context(
         layer_pairs=pairs,
         num_teacher_layers=len(shipped) if pairs else 0,
         rollout_clip=config.rollouts.clip if config.rollouts.every > 1 else None,
-        teacher_top=_teacher_top(config, tokenizer) if "kd" in losses and config.loss.kd_support == "full" else None,
+        teacher_top=_teacher_top(config, tokenizer) if needs_top else None,
     )
     return context, shapes
 
 
 def _teacher_top(config: Config, tokenizer: PreTrainedTokenizerBase) -> TeacherTop:
     """The teacher's head with its rows at the student's ids; the student's other ids have no mass (bias -inf)."""
-    head = load_teacher_head(config.teacher.model)
-    match = compare_vocabularies(load_tokenizer(config.teacher.model), tokenizer).require()
+    head = load_teacher_head(config.teacher.tokenizer_folder)
+    match = compare_vocabularies(load_tokenizer(config.teacher.tokenizer_folder), tokenizer).require()
     if match.kind == "identical":
         return TeacherTop(*head)
     known = torch.from_numpy(match.id_map >= 0)

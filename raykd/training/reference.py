@@ -10,7 +10,7 @@ behind this: the numbers of all micro-batches come to the host in one transfer. 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -26,6 +26,8 @@ from raykd.types import Batch
 
 def needs_reference(config: Config) -> bool:
     """Whether a loss compares with the student as the run began: then every worker holds a second, frozen one."""
+    if config.simulates("step"):
+        return False
     return has_pairs(config) or "self_kd" in config.loss.weights
 
 
@@ -36,14 +38,23 @@ def has_pairs(config: Config) -> bool:
 
 @torch.no_grad()
 def with_reference(
-    reference: Student, batches: Sequence[Batch], autocast: contextlib.AbstractContextManager[object]
+    reference: Student,
+    batches: Sequence[Batch],
+    autocast: contextlib.AbstractContextManager[object],
+    num_passes: Callable[[int], int] = lambda own: own,
 ) -> list[Batch]:
-    """The batches with `reference_logprob` of all sequences in pairs. `autocast`: the precision of the training pass."""
+    """The batches with `reference_logprob` of all sequences in pairs. `autocast`: the precision of the training pass.
+
+    `num_passes`: forward passes that are to be made, of those that are needed here: more where others need them.
+    """
     paired = [index for index, batch in enumerate(batches) if batch.pair.any()]
-    if not paired:
-        return list(batches)
+    num_idle = num_passes(len(paired)) - len(paired)
     with autocast:
         logprobs = [_pair_logprobs(reference, batches[index]) for index in paired]
+        for _ in range(num_idle):
+            reference(torch.zeros(1, 1, dtype=torch.int64, device=reference.head_weight.device))
+    if not paired:
+        return list(batches)
     known = dict(zip(paired, torch.cat(logprobs).cpu().split([len(part) for part in logprobs]), strict=True))
     filled = []
     for index, batch in enumerate(batches):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raykd.config import Config, StudentConfig, TrainConfig
@@ -30,21 +30,21 @@ from raykd.training.checkpoint import (
     STUDENT,
     Snapshot,
     latest_checkpoint,
-    optimizer_tensors,
     read_ledger,
     read_rng,
     read_state,
     restore_heads,
-    restore_optimizer,
     save_checkpoint,
     take_over_heads,
     verify,
 )
 from raykd.training.loss_state import LossState, run_losses
 from raykd.training.meters import Meters
+from raykd.training.optimizer_state import optimizer_tensors, restore_optimizer, save_shards
 from raykd.training.ranks import Ranks
 from raykd.training.reference import needs_reference
 from raykd.training.rng import restore_rng, rng_state, seed_everything
+from raykd.training.sharding import gathered, reshard, shard, whole_tensors
 from raykd.training.stages import HEAD_LOSSES, handed_over
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Trainer:
     num_steps: int  # of the whole run: the length of the schedule
     teacher: Mapping[str, Any]  # identity of the teacher, kept in checkpoints
     student: Student
-    model: nn.Module  # the student itself, or DDP around it
+    model: nn.Module  # the student itself (in whole or this rank's share), or DDP around it
     optimizer: torch.optim.Optimizer
     reference: Student | None = None  # the student as the run began, frozen and in float, where a loss compares with it
     context: LossContext = field(default_factory=LossContext)
@@ -86,7 +86,7 @@ class Trainer:
 
     @property
     def head(self) -> Head:
-        """The student's LM head; rows beyond its tokenizer are padding."""
+        """The student's LM head; rows beyond its tokenizer are padding. Of a sharded student: behind its forward pass."""
         return Head(self.student.head_weight, self.student.head_bias, self.student.num_valid_ids)
 
     def losses_now(self) -> LossConfig:
@@ -95,7 +95,9 @@ class Trainer:
 
     def context_now(self) -> LossContext:
         """The context with the scale of the teacher's layers as measured so far."""
-        return replace(self.context, rms=self.loss_state.rms().to(self.device)) if self.context.layer_pairs else self.context
+        if not self.context.layer_pairs:
+            return self.context
+        return replace(self.context, rms=self.loss_state.rms().to(self.device, non_blocking=True))
 
     def quantize_now(self) -> None:
         """In stage qat: int8 arithmetic from `quantization.start_step` on."""
@@ -107,8 +109,25 @@ class Trainer:
         enabled = self.config.train.precision == "bfloat16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this rank holds a share of the student only: then every forward pass is collective."""
+        return _is_sharded(self.config.train, self.ranks)
+
+    def num_passes(self, own: int) -> int:
+        """Forward passes that this rank makes where it has use for so many: where the student is sharded as many as any."""
+        return int(self.ranks.max(torch.tensor(own))) if self.is_sharded else own
+
+    def whole_student(self) -> contextlib.AbstractContextManager[None]:
+        """Within: the student in whole, for as many forward passes as each rank likes; no training. Collective."""
+        if not self.is_sharded:
+            return contextlib.nullcontext()
+        self.num_passes(0)  # a rank may still wait for its teacher, longer than collectives of accelerators would for it
+        return gathered(self.student)
+
     def exchange_gradients(self, now: bool) -> contextlib.AbstractContextManager[Any]:
-        """Around forward and backward: add the gradients up over the ranks at the end, or let them gather on this one."""
+        """Around forward and backward: add the gradients up over the ranks at the end, or let them gather on this one; those
+        of a sharded student are added up each time."""
         if isinstance(self.model, DistributedDataParallel) and not now:
             return self.model.no_sync()
         return contextlib.nullcontext()
@@ -118,6 +137,7 @@ class Trainer:
         uids = np.concatenate([*self.recent, np.empty(0, np.int64)])
         parts = self.ranks.gather((uids, rng_state()))
         self.recent.clear()
+        tensors, optimizer = self._tensors()
         if not parts:
             return None
         ledger = np.sort(np.concatenate([self.consumed, *(part[0] for part in parts)]))
@@ -133,12 +153,24 @@ class Trainer:
         }
         snapshot = Snapshot(
             student=self.student,
-            optimizer=optimizer_tensors(self.student, self.optimizer),
+            tensors=tensors,
+            optimizer=optimizer,
             ledger=ledger,
             rng=[part[1] for part in parts],
             state=state,
         )
         return save_checkpoint(self.run_folder, snapshot, self.config.train.keep_checkpoints)
+
+    def _tensors(self) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | Path]:
+        """Of a `Snapshot`: the student's tensors, if it is sharded, and the state of the optimizer. Collective."""
+        if not self.is_sharded or self.ranks.group is None:
+            return None, optimizer_tensors(self.student, self.optimizer)
+        reshard(self.student)
+        tensors = whole_tensors(self.student, keep=self.ranks.rank == 0)
+        optimizer = optimizer_tensors(self.student, self.optimizer)
+        if not optimizer:  # no step has been made
+            return tensors, optimizer
+        return tensors, save_shards(self.run_folder, self.progress.step, optimizer, self.ranks.group)
 
 
 def make_trainer(
@@ -165,7 +197,8 @@ def make_trainer(
         student = _load(config, config.student)
     else:
         verify(checkpoint)
-        as_saved = {"model": str(checkpoint / STUDENT), "tokenizer": None, "random_weights": False, "layers": None}
+        as_saved = {"model": str(checkpoint / STUDENT), "tokenizer": None, "layers": None}
+        as_saved |= {"random_weights": False, "stand_in": False}
         student = _load(config, config.student.model_copy(update=as_saved))
     context = context or LossContext()
     student.layers = tuple(context.layer_pairs)
@@ -173,13 +206,14 @@ def make_trainer(
     _give_heads(student, config, checkpoint, projections)
     if config.stage == "qat":
         prepare_int8(student.model, config.quantization)
-    student.to(device)
     if config.train.gradient_checkpointing:
         student.model.gradient_checkpointing_enable({"use_reentrant": False})
+    model = _distributed(student, config.train, ranks, device)
     optimizer = make_optimizer(student, config.train)
     reference = None
     if needs_reference(config):
-        reference = _load(config, config.student).eval().requires_grad_(False).to(device)
+        reference = _load(config, config.student).eval().requires_grad_(False)
+        _distributed(reference, config.train, ranks, device)
     trainer = Trainer(
         config=config,
         run_folder=run_folder,
@@ -188,7 +222,7 @@ def make_trainer(
         num_steps=num_steps,
         teacher=teacher,
         student=student,
-        model=student if ranks.world_size == 1 else _replicated(student, device),
+        model=model,
         optimizer=optimizer,
         reference=reference,
         context=replace(
@@ -252,7 +286,18 @@ def make_optimizer(student: Student, config: TrainConfig) -> torch.optim.AdamW:
     )
 
 
-def _replicated(student: Student, device: torch.device) -> DistributedDataParallel:
+def _is_sharded(config: TrainConfig, ranks: Ranks) -> bool:
+    return config.parallel_strategy == "fsdp" and ranks.world_size > 1
+
+
+def _distributed(student: Student, config: TrainConfig, ranks: Ranks, device: torch.device) -> nn.Module:
+    """The student on its device, in whole or this rank's share of it, and what to call for a forward pass. Collective."""
+    if _is_sharded(config, ranks):
+        shard(student, device, config.precision)
+        return student
+    student.to(device)
+    if ranks.world_size == 1 or not any(parameter.requires_grad for parameter in student.parameters()):
+        return student
     return DistributedDataParallel(
         student,
         device_ids=[device] if device.type == "cuda" else None,

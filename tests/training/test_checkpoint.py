@@ -161,10 +161,12 @@ def test_a_sequence_trained_twice_is_never_saved(trained):
 
 
 def draw() -> list[float]:
-    return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(1).item()]
+    on_gpu = [torch.rand(1, device="cuda").item()] if torch.cuda.is_available() else []
+    return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(1).item(), *on_gpu]
 
 
 def test_random_generators_go_on_where_they_were():
+    """Those of a GPU too, where there is one."""
     seed_everything(3)
     draw()  # leaves a second Gaussian number waiting in two of the generators
     state = {name: tensor.clone() for name, tensor in rng_state().items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -137,9 +138,15 @@ def run(
     ranks: Ranks | None = None,
     num_steps: int = 10,
     stop: Callable[[], bool] = lambda: False,
+    save_now: Callable[[], bool] = lambda: False,
+    **options: Any,
 ) -> tuple[Trainer, list[tuple[int, dict[str, float]]]]:
-    """Train from the newest checkpoint in `folder` on the rows that its ledger lacks; returns what was logged, too."""
-    trainer = make_trainer(config, folder, num_steps=num_steps, teacher={"fingerprint": "f"}, ranks=ranks or Ranks())
+    """Train from the newest checkpoint in `folder` on the rows that its ledger lacks; returns what was logged, too.
+
+    Further `options` are those of `make_trainer`.
+    """
+    facts = {"num_steps": num_steps, "teacher": {"fingerprint": "f"}, "ranks": ranks or Ranks()}
+    trainer = make_trainer(config, folder, **facts, **options)
     left = [table.filter(pa.array(~np.isin(_row_uids(table), trainer.consumed))) for table in tables]
     logged: list[tuple[int, dict[str, float]]] = []
     fit(
@@ -147,6 +154,7 @@ def run(
         make_feed(trainer, left),
         log=lambda step, metrics: logged.append((step, dict(metrics))),
         stop=stop,
+        save_now=save_now,
         before_step=lambda step: None,
     )
     return trainer, logged
@@ -163,19 +171,19 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def run_on_two_ranks(
-    config: Config, folder: Path, tables: list[list[pa.Table]]
+    config: Config, folder: Path, tables: list[list[pa.Table]], device: str = "cpu"
 ) -> tuple[dict[str, torch.Tensor], list[tuple[int, dict[str, float]]]]:
     """`run` in two processes, each with its own tables; returns the weights and what rank 0 logged."""
     folder.mkdir()
-    torch.multiprocessing.spawn(_run_rank, (config, folder, tables), nprocs=2)
+    torch.multiprocessing.spawn(_run_rank, (config, folder, tables, device), nprocs=2)
     logged = json.loads((folder / "logged.json").read_text())
     return torch.load(folder / "weights.pt"), [(step, metrics) for step, metrics in logged]
 
 
-def _run_rank(rank: int, config: Config, folder: Path, tables: list[list[pa.Table]]) -> None:
+def _run_rank(rank: int, config: Config, folder: Path, tables: list[list[pa.Table]], device: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    trainer, logged = run(config, folder, tables[rank], ranks=Ranks.of_process_group())
+    trainer, logged = run(config, folder, tables[rank], ranks=Ranks.of_process_group(), device=torch.device(device))
     if rank == 0:
         torch.save(weights(trainer), folder / "weights.pt")
         (folder / "logged.json").write_text(json.dumps(logged))
