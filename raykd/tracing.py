@@ -1,8 +1,8 @@
 """Where metrics go, and the one line that a user watches.
 
 In:  `Tracer.log(step, metrics)` from the rank-0 train worker: numbers by name, already on the host.
-Out: `<run>/metrics.jsonl` (always), TensorBoard files, Weights & Biases, the console; `read_metrics` reads the first back,
-     `ProgressDisplay` follows it in the driver.
+Out: `<run>/metrics.jsonl` (always), Ray's metrics, TensorBoard files, Weights & Biases, the console; `read_metrics` reads
+     the first back, `ProgressDisplay` follows it in the driver.
 
 metrics.jsonl is strict JSON, one object a line, appended. A value that is not finite is written as null (and left out of the
 other sinks): it shows that the metric was there and was no number. A run that goes on from a checkpoint writes an entry with
@@ -23,8 +23,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+import ray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+
+from raykd.ray_metrics import RayMetrics
 
 Metrics = Mapping[str, float | int | None]
 
@@ -113,6 +116,21 @@ class WandbSink:
         self._run.finish()
 
 
+class RaySink:
+    """Gauges among Ray's metrics, `raykd_<name>`. Of a process of Ray's it is always one of the sinks."""
+
+    def __init__(self, run_folder: Path, config: Mapping[str, Any]) -> None:
+        self._metrics = RayMetrics(run_folder.name, str(config.get("stage", "kd")))
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        for name, value in {"step": step, **metrics}.items():
+            if value is not None:
+                self._metrics.set(name, value)
+
+    def close(self) -> None:
+        self._metrics.close()
+
+
 class ConsoleSink:
     """One plain line per entry."""
 
@@ -150,6 +168,8 @@ class Tracer:
         jsonl = JsonlSink(folder)
         jsonl.log(start_step, {})
         self._sinks: list[Sink] = [jsonl]
+        if ray.is_initialized():
+            self._sinks.append(RaySink(folder, config or {}))
         if tensorboard:
             self._sinks.append(TensorBoardSink(folder, config or {}, start_step))
         if wandb_project is not None:
