@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,18 +30,19 @@ import ray
 from ray.data import ActorPoolStrategy, Dataset
 from ray.exceptions import RayTaskError
 
-from raykd.cli import CONFIG_FILE, check_same_run, exit_code, open_run, parse, run_folder, start_ray
+from raykd.cli import CONFIG_FILE, check_same_run, exit_code, node_labels, open_run, parse, run_folder, start_ray
 from raykd.config import Config
 from raykd.data.cache import TeacherCache
 from raykd.data.offline_write import JsonlWriter, ParquetWriter, add_process_targets, offline_rows
 from raykd.data.prompt_rows import load_tokenizer
 from raykd.data.readers import DataError
-from raykd.data.sources import PromptSet, prepare_prompts
+from raykd.data.sources import MISTAKE_FILE, PromptSet, prepare_prompts
 from raykd.data.stream import (
     Prompts,
     Rejects,
     Stage,
     answered_stream,
+    asked,
     is_answered,
     keep_new,
     plan_epoch,
@@ -49,10 +50,10 @@ from raykd.data.stream import (
     teacher_cache,
 )
 from raykd.tracing import quiet_ray
-from raykd.training.preflight import check_resources
+from raykd.training.preflight import contact_teacher
+from raykd.training.resources import check_labels, check_resources
 from raykd.training.stages import resolve
-from teacher_serving.actor import teacher_stage
-from teacher_serving.identity import vocabulary_fingerprint
+from teacher_serving.identity import describe, vocabulary_fingerprint
 
 logger = logging.getLogger("raykd.collect")  # started with -m, __name__ is __main__
 
@@ -88,7 +89,7 @@ class Keeper:
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """num_rows, num_failed, num_tokens, teacher_seconds of a block."""
-        rows = rows.combine_chunks()
+        rows = self._rejects.without_unasked(rows)
         keep_new(rows, self._cache)
         failed = rows.filter(pa.array(~is_answered(rows)))
         self._rejects.add(rows, failed["uid"].to_pylist(), failed["finish_reason"].to_pylist())
@@ -105,7 +106,7 @@ class Keeper:
 def collect(config: Config, prompt_set: PromptSet, teacher: Stage | None = None) -> Collected:
     """Ask the teacher for every prompt that its cache does not have. Needs a Ray cluster; blocks until it is done.
 
-    Raises DataError when the teacher has no answer to too large a share of the prompts.
+    Raises DataError when the teacher has no answer to too large a share of the prompts, or its budget is spent.
     """
     set_data_context(config)
     cache = teacher_cache(config, prompt_set)
@@ -114,8 +115,9 @@ def collect(config: Config, prompt_set: PromptSet, teacher: Stage | None = None)
     collected = Collected(num_cached=plan.num_rows - missing.num_rows)
     if not missing.num_rows:
         return collected
-    stage = teacher or partial(teacher_stage, config=config.teacher)
-    counts = answered_stream(config, prompt_set, missing, cache, stage).map_batches(
+    mistake = Path(prompt_set.folder).with_name(MISTAKE_FILE)
+    mistake.unlink(missing_ok=True)
+    counts = answered_stream(config, prompt_set, missing, cache, teacher or asked(config, prompt_set)).map_batches(
         Keeper,
         fn_constructor_args=(cache, Rejects.of(prompt_set.folder, prompt_set.counts, config)),
         batch_size=None,
@@ -126,7 +128,9 @@ def collect(config: Config, prompt_set: PromptSet, teacher: Stage | None = None)
     try:
         _follow(counts, collected, missing.num_rows)
     except RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, DataError) else error) from None
+        raise (error.cause if isinstance(error.cause, ValueError) else error) from None
+    if mistake.exists():
+        raise DataError(f"{mistake.read_text(encoding='utf-8')} ({collected})")
     return collected
 
 
@@ -148,7 +152,7 @@ def export_jsonl(config: Config, prompt_set: PromptSet, path: str) -> int:
 
     Held-out prompts are left out. Prompts without an answer are not in the cache, and so not in the file.
     """
-    tokenizer = load_tokenizer(config.teacher.model)
+    tokenizer = load_tokenizer(config.teacher.tokenizer_folder)
     with JsonlWriter(path, _header(config, prompt_set) | {"seed": config.run.seed}) as writer:
         for rows in _answered_rows(config, prompt_set):
             for row in offline_rows(rows, tokenizer):
@@ -166,7 +170,7 @@ def export_parquet(config: Config, prompt_set: PromptSet, path: str) -> int:
 
 def _header(config: Config, prompt_set: PromptSet) -> dict[str, Any]:
     return {
-        "vocabulary_fingerprint": vocabulary_fingerprint(config.teacher.model),
+        "vocabulary_fingerprint": vocabulary_fingerprint(config.teacher.tokenizer_folder),
         "teacher_fingerprint": teacher_cache(config, prompt_set).fingerprint,
     }
 
@@ -201,9 +205,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_same_run(config)
     else:
         open_run(config)
+    contact_teacher(config, describe(config.teacher))
     quiet_ray()
     start_ray(config)
     check_resources(config, ray.cluster_resources(), with_workers=False)
+    check_labels(config, node_labels(), with_workers=False)
     prompt_set = prepare_prompts(config, folder)
     start = time.monotonic()
     collected = collect(config, prompt_set)

@@ -18,8 +18,9 @@ def explain(item: Any, origins: Mapping[str, str]) -> str:
     """One validation error as: where, what was found, what was expected."""
     location = [str(part) for part in item["loc"]]
     valid = valid_names(location[:-1])
-    # pydantic puts the chosen `kind` of a union into the location: not part of the user's path
-    dotted = ".".join(part for i, part in enumerate(location) if not (i == 1 and location[0] == "teacher" and part in KINDS))
+    # pydantic puts the chosen `kind` of a union into the location (teacher, teacher.teachers.NAME): not of the user's path
+    is_kind = [location[0] == "teacher" and i in (1, 4) and part in KINDS for i, part in enumerate(location)]
+    dotted = ".".join(part for part, hidden in zip(location, is_kind, strict=True) if not hidden)
     prefix = f"{origin}: " if (origin := origin_of(dotted, origins)) else ""
     if item["type"] == "extra_forbidden":
         nearest = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.5)
@@ -56,10 +57,11 @@ def valid_names(location: Sequence[str]) -> list[str]:
         if part in KINDS and all("kind" in model.model_fields for model in models):
             models = [model for model in models if model.model_fields["kind"].default == part]
         else:
-            models = [
+            named = [
                 inner
                 for model in models
                 if part in model.model_fields
                 for inner in members(model.model_fields[part].rebuild_annotation())
             ]
+            models = named or models  # a name that the user has given to one of several of a kind
     return [option.alias or name for model in models for name, option in model.model_fields.items()]

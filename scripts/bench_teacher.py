@@ -3,7 +3,7 @@
 In:  a model folder (default: the demo teacher), or with --random a 2-layer model of V = 32000 made on the spot, whose
      tokenizer is the cheapest there is to decode; K = 64.
 Out: a printed table and bench/teacher.json: microseconds a token from engine output to Arrow, and the rate of the
-     teacher actor relative to bare `LLM.generate` with flat, with no and with default log-probabilities.
+     teacher stage relative to bare `LLM.generate` with flat, with no and with default log-probabilities.
 
 All cells of a round run one after the other on the same engine and the rounds repeat, so that other load on the
 machine meets every cell alike; a ratio is the median over rounds. CPU time is the column to trust on a busy machine.
@@ -41,10 +41,12 @@ from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.outputs import LogprobsLists
 
 from teacher_serving import vllm_engine
-from teacher_serving.actor import TeacherActor
+from teacher_serving.actor import BusyClock, answer_block
 from teacher_serving.arrow import Answer, answers_table
 from teacher_serving.config import SamplingConfig, VllmTeacherConfig
-from teacher_serving.types import TeacherInfo
+from teacher_serving.connect import connect
+from teacher_serving.types import Teacher, TeacherInfo
+from teacher_serving.vllm_arrays import KeptArrays, pieces_of
 
 K = 64
 RANDOM_V = 32_000
@@ -68,11 +70,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if args.random:
             save_random_model(Path(folder), args.random)
-        actor, llm, config = start(folder if args.random else str(args.model))
-        vocab_size = report["V"] = actor._teacher.info.vocab_size
+        teacher, llm, config = start(folder if args.random else str(args.model))
+        vocab_size = report["V"] = teacher.info.vocab_size
         for title, cells in (
-            ("generate", generate_cells(actor, llm, config, num_sequences, vocab_size)),
-            ("score", score_cells(actor, llm, config, num_sequences, vocab_size)),
+            ("generate", generate_cells(teacher, llm, config, num_sequences, vocab_size)),
+            ("score", score_cells(teacher, llm, config, num_sequences, vocab_size)),
         ):
             report[title] = race(cells, num_rounds)
             print_race(title, report[title])
@@ -107,8 +109,8 @@ def save_random_model(folder: Path, hidden_size: int) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w1").save_pretrained(folder)
 
 
-def start(model: str) -> tuple[TeacherActor, LLM, VllmTeacherConfig]:
-    """The teacher actor, and a bare LLM around the very same engine (idle while the other works)."""
+def start(model: str) -> tuple[vllm_engine.VllmEngine, LLM, VllmTeacherConfig]:
+    """The teacher, and a bare LLM around the very same engine (idle while the other works)."""
     config = VllmTeacherConfig(
         model=model,
         top_k=K,
@@ -127,22 +129,22 @@ def start(model: str) -> tuple[TeacherActor, LLM, VllmTeacherConfig]:
         return dataclasses.replace(engine_args(config, info), skip_tokenizer_init=False)
 
     with patch.object(vllm_engine, "_engine_args", with_tokenizer):
-        actor = TeacherActor(config)
-    assert isinstance(actor._teacher, vllm_engine.VllmEngine)
-    engine = actor._teacher._engine
-    with patch.object(LLMEngine, "from_engine_args", lambda *_, **__: engine):
+        teacher = connect(config)
+    assert isinstance(teacher, vllm_engine.VllmEngine)
+    with patch.object(LLMEngine, "from_engine_args", lambda *_, **__: teacher._engine):
         llm = LLM(model, max_logprobs=K, dtype="float32", enforce_eager=True)
-    return actor, llm, config
+    return teacher, llm, config
 
 
 # ---- cells
 
 
-def run_actor(actor: TeacherActor, table: pa.Table, config: VllmTeacherConfig) -> int:
-    """As Ray Data calls it: blocks of batch_size, concurrent_batches of them at once."""
+def run_stage(teacher: Teacher, table: pa.Table, config: VllmTeacherConfig) -> int:
+    """What the teacher's actor does as Ray Data calls it: blocks of batch_size, concurrent_batches of them at once."""
+    busy = BusyClock()
     blocks = [table.slice(at, config.batch_size) for at in range(0, table.num_rows, config.batch_size)]
     with ThreadPoolExecutor(config.concurrent_batches) as threads:
-        answers = list(threads.map(actor, blocks))
+        answers = list(threads.map(lambda block: answer_block(teacher, block, busy), blocks))
     return sum(len(answer["output_ids"].combine_chunks().flatten()) for answer in answers)
 
 
@@ -170,7 +172,7 @@ def bare_cells(
 
 
 def generate_cells(
-    actor: TeacherActor, llm: LLM, config: VllmTeacherConfig, num_sequences: int, vocab_size: int
+    teacher: Teacher, llm: LLM, config: VllmTeacherConfig, num_sequences: int, vocab_size: int
 ) -> dict[str, Cell]:
     """Writing OUTPUT_TOKENS for each prompt; every round has new prompts, so that no cache helps anybody."""
     seeds = iter(range(10**6))
@@ -180,14 +182,14 @@ def generate_cells(
 
     def ours() -> int:
         table = pa.table({"uid": np.arange(num_sequences), "prompt_ids": list(prompts())})
-        return run_actor(actor, table, config)
+        return run_stage(teacher, table, config)
 
     writing = {"max_tokens": OUTPUT_TOKENS, "ignore_eos": True}
     return {"actor": ours} | bare_cells(llm, prompts, OUTPUT_TOKENS, "logprobs", writing)
 
 
 def score_cells(
-    actor: TeacherActor, llm: LLM, config: VllmTeacherConfig, num_sequences: int, vocab_size: int
+    teacher: Teacher, llm: LLM, config: VllmTeacherConfig, num_sequences: int, vocab_size: int
 ) -> dict[str, Cell]:
     """Scoring sequences that are all output but for one token."""
     length = PROMPT_TOKENS + OUTPUT_TOKENS
@@ -203,7 +205,7 @@ def score_cells(
             "prompt_ids": list(rows[:, :1]),
             "recorded_ids": pa.array(list(rows[:, 1:]), pa.list_(pa.int32())),
         }
-        return run_actor(actor, pa.table(columns), config)
+        return run_stage(teacher, pa.table(columns), config)
 
     return {"actor": ours} | bare_cells(llm, sequences, length - 1, "prompt_logprobs", {"max_tokens": 1})
 
@@ -267,10 +269,10 @@ def to_arrow(num_tokens: int = 4096, num_repeats: int = 5) -> dict[str, float]:
     rows = pa.table({"uid": [0], "prompt_ids": pa.array([[1]], pa.list_(pa.int32()))})
 
     def ours() -> None:
-        kept = vllm_engine._KeptArrays()
+        kept = KeptArrays()
         for step in steps:
             kept.update_from_output(step)  # type: ignore[arg-type]  (all of it that is read)
-        answers_table(rows, [Answer(ids[:, 0], vllm_engine._pieces(kept.logprobs, num_tokens), "length")], info, K, "0")
+        answers_table(rows, [Answer(ids[:, 0], pieces_of(kept.logprobs, num_tokens, K), "length")], info, K, "0")
 
     def lists(*, flat: bool) -> Callable[[], None]:
         def cell() -> None:
@@ -280,7 +282,7 @@ def to_arrow(num_tokens: int = 4096, num_repeats: int = 5) -> dict[str, float]:
             for step in steps:
                 processor.update_from_output(step)  # type: ignore[arg-type]  (likewise)
             if flat:
-                pieces = vllm_engine._pieces(processor.logprobs, num_tokens)
+                pieces = pieces_of(processor.logprobs, num_tokens, K)
                 answers_table(rows, [Answer(ids[:, 0], pieces, "length")], info, K, "0")
 
         return cell

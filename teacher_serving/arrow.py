@@ -172,7 +172,7 @@ def same_answer(a: Answer, b: Answer) -> bool:
 
 
 def answers_table(rows: pa.Table, answers: Sequence[Answer], info: TeacherInfo, top_k: int, weight_version: str) -> pa.Table:
-    """One answer for every row of the request, as a table of TEACHER_OUTPUT_SCHEMA."""
+    """One answer for every row of the request, as a table of TEACHER_OUTPUT_SCHEMA. With `top_k` 0 there are no scores."""
     assert len(answers) == rows.num_rows, f"{len(answers)} answers for {rows.num_rows} rows"
     lengths = np.array([len(answer.output_ids) for answer in answers], np.int64)
     assert lengths.sum() * top_k < 2**31, f"{lengths.sum()} tokens x {top_k} do not fit one table: fewer rows a call"
@@ -181,8 +181,11 @@ def answers_table(rows: pa.Table, answers: Sequence[Answer], info: TeacherInfo, 
     pieces = [piece for answer in answers for piece in answer.pieces]
     ids = _joined([piece[0] for piece in pieces], np.empty((0, top_k + 1), np.int32))
     logprobs = _joined([piece[1] for piece in pieces], np.empty((0, top_k + 1), np.float32))
-    assert len(ids) == len(output_ids), f"log-probabilities of {len(ids)} positions for {len(output_ids)} tokens"
-    topk_ids, topk_logprobs, sampled_logprob = split_columns(ids, logprobs, output_ids, top_k)
+    scored_offsets = offsets if top_k else np.zeros_like(offsets)
+    num_scored = scored_offsets[-1]
+    assert len(ids) == num_scored, f"log-probabilities of {len(ids)} positions for {num_scored} tokens"
+    topk_ids, topk_logprobs, sampled_logprob = split_columns(ids, logprobs, output_ids[:num_scored], top_k)
+    tail = log_tail(topk_logprobs, info.vocab_size) if top_k else np.empty(0, np.float32)
     with np.errstate(over="ignore"):  # below -65504 is -inf
         half = topk_logprobs.astype(np.float16)
     states = [answer.states.reshape(-1) for answer in answers]
@@ -195,8 +198,8 @@ def answers_table(rows: pa.Table, answers: Sequence[Answer], info: TeacherInfo, 
         "output_ids": _list_array(output_ids, offsets, pa.int32()),
         "topk_ids": _list_array(topk_ids, offsets * top_k, pa.int32()),
         "topk_logprobs": _list_array(half, offsets * top_k, pa.float16()),
-        "log_tail": _list_array(log_tail(topk_logprobs, info.vocab_size), offsets, pa.float32()),
-        "sampled_logprob": _list_array(sampled_logprob, offsets, pa.float32()),
+        "log_tail": _list_array(tail, scored_offsets, pa.float32()),
+        "sampled_logprob": _list_array(sampled_logprob, scored_offsets, pa.float32()),
         "top_k": pa.repeat(pa.scalar(top_k, pa.int32()), num_rows),
         "finish_reason": pa.array([answer.finish_reason for answer in answers], pa.string()),
         "teacher_id": pa.repeat(info.teacher_id, num_rows),

@@ -1,20 +1,16 @@
 """Every option of a teacher, typed, bounded and explained: the only place with their defaults.
 
 In:  keyword arguments or a mapping (from YAML), told apart by `kind`.
-Out: a frozen VllmTeacherConfig or HfTeacherConfig; `TeacherConfig` is the union of them.
+Out: a frozen config of one kind; `TeacherConfig` is the union of them.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-
-class Strict(BaseModel):
-    """Frozen, and unknown keys are errors; field docstrings become the fields' descriptions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+from teacher_serving.access import HttpAccess, OneOfSeveral, ServedAccess, ServedShare, Strict
 
 
 class SamplingConfig(Strict):
@@ -43,23 +39,74 @@ class SamplingConfig(Strict):
         return self
 
 
-class LocalTeacherConfig(Strict):
+class RequestConfig(Strict):
+    """What each client of a shared teacher chooses for itself. The rest (weights, dtype) is the same for all."""
+
+    top_k: int = Field(default=64, ge=1, le=256)
+    """K: tokens per position whose log-probability is recorded. At most the service's own `top_k`."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How the teacher writes."""
+    max_model_len: int | None = Field(default=None, ge=8)
+    """Context in tokens, prompt and completion together. None: the service's; at most that."""
+
+    def context(self, limit: int) -> int:
+        """Tokens that a sequence may have where the engine holds `limit`."""
+        return limit if self.max_model_len is None else min(limit, self.max_model_len)
+
+
+class BaseTeacherConfig(Strict):
+    """What every teacher has in common: what it writes and records, and the pool of Ray actors that answers prompts."""
+
+    teacher_id: str | None = None
+    """Name in the data and in reports. None: the last part of `model`."""
+    weight_version: str = "0"
+    """Goes into every row; another version is another fingerprint, so cached output is not mixed."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How the teacher writes."""
+    max_retries: int = Field(default=1, ge=0)
+    """How often a prompt that came back with nothing is asked again before its row becomes an error row."""
+    max_restarts: int = Field(default=3, ge=0)
+    """How often in a row an actor of the pool may end (its engine died, its node went) before it has answered anything; then
+    the run ends. It is started again without limit where it answers in between."""
+
+    num_replicas: int = Field(default=1, ge=1)
+    """Actors (engines) in the pool at the start, and at least."""
+    max_replicas: int | None = Field(default=None, ge=1)
+    """Actors the pool may grow to. None: `num_replicas`."""
+    num_cpus: float = Field(default=1.0, ge=0.0)
+    """Logical CPUs of one actor."""
+    batch_size: int = Field(default=16, ge=1)
+    """Prompts per call of an actor. Small batches keep the teacher's lead short."""
+    concurrent_batches: int = Field(default=4, ge=1)
+    """Calls an actor answers at once; the engine batches them continuously."""
+    node_labels: dict[str, str] | None = None
+    """Labels of the nodes that actors run on: {pool: teacher} is `ray start --labels pool=teacher`. None: any node."""
+
+    @property
+    def api_key_names(self) -> tuple[str, ...]:
+        """Environment variables that hold keys, which its actors need."""
+        return ()
+
+    @model_validator(mode="after")
+    def _pool_is_possible(self) -> BaseTeacherConfig:
+        if self.max_replicas is not None and self.max_replicas < self.num_replicas:
+            raise ValueError(
+                f"max_replicas={self.max_replicas} is below num_replicas={self.num_replicas}; expected at least as many"
+            )
+        return self
+
+
+class LocalTeacherConfig(BaseTeacherConfig):
     """What every teacher that loads a model itself has in common."""
 
     model: str
     """Hugging Face folder: config.json, *.safetensors, tokenizer.json."""
-    teacher_id: str | None = None
-    """Name in the data and in reports. None: the folder's name."""
-    weight_version: str = "0"
-    """Goes into every row; another version is another fingerprint, so cached output is not mixed."""
     top_k: int = Field(default=64, ge=1, le=256)
     """K: tokens per position whose log-probability is recorded. At most the vocabulary."""
     hidden_layers: tuple[int, ...] = ()
     """Decoder layers, counted from 0, whose output at every token of prompt and completion but the last is recorded in half
     precision (2 bytes x hidden size x layers a token). The last layer's is the state before the final norm. vLLM ships
     them for architectures with its EAGLE-3 interface, from one GPU, and keeps them in its KV cache until then."""
-    sampling: SamplingConfig = SamplingConfig()
-    """How the teacher writes."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of weights and activations; auto takes the one the model was saved in."""
     max_model_len: int | None = Field(default=None, ge=8)
@@ -70,21 +117,18 @@ class LocalTeacherConfig(Strict):
     """auto: cuda where a GPU is to be had (in the Ray cluster for actors, else in this process)."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads that compute. None: `num_cpus`, at least one. No effect on a GPU."""
-    max_retries: int = Field(default=1, ge=0)
-    """How often a prompt that came back with nothing is asked again before its row becomes an error row."""
-
-    num_replicas: int = Field(default=1, ge=1)
-    """Actors (engines) in the pool at the start, and at least."""
-    max_replicas: int | None = Field(default=None, ge=1)
-    """Actors the pool may grow to. None: `num_replicas`."""
-    num_cpus: float = Field(default=1.0, ge=0.0)
-    """Logical CPUs of one actor."""
     num_gpus: float | None = Field(default=None, ge=0.0)
     """GPUs of one actor. None: one (vLLM: tensor_parallel_size) on cuda, none on the CPU."""
-    batch_size: int = Field(default=16, ge=1)
-    """Prompts per call of an actor. Small batches keep the teacher's lead short."""
-    concurrent_batches: int = Field(default=4, ge=1)
-    """Calls an actor answers at once; the engine batches them continuously."""
+
+    @property
+    def tokenizer_folder(self) -> str:
+        """Folder of the tokenizer that the token ids belong to."""
+        return self.model
+
+    @property
+    def request(self) -> RequestConfig:
+        """How this teacher answers where a request says nothing else."""
+        return RequestConfig(top_k=self.top_k, sampling=self.sampling, max_model_len=self.max_model_len)
 
     @property
     def num_threads(self) -> int:
@@ -104,11 +148,7 @@ class LocalTeacherConfig(Strict):
         return 1
 
     @model_validator(mode="after")
-    def _pool_is_possible(self) -> LocalTeacherConfig:
-        if self.max_replicas is not None and self.max_replicas < self.num_replicas:
-            raise ValueError(
-                f"max_replicas={self.max_replicas} is below num_replicas={self.num_replicas}; expected at least as many"
-            )
+    def _engine_is_possible(self) -> LocalTeacherConfig:
         if sorted({layer for layer in self.hidden_layers if layer >= 0}) != list(self.hidden_layers):
             raise ValueError(
                 f"hidden_layers={list(self.hidden_layers)}; expected layers from 0 on, in rising order, each once"
@@ -116,6 +156,34 @@ class LocalTeacherConfig(Strict):
         if self.device == "cpu" and self.num_gpus:
             raise ValueError(f"device is cpu, yet num_gpus={self.num_gpus}; leave num_gpus out or set device: cuda")
         return self
+
+
+class RemoteTeacherConfig(BaseTeacherConfig):
+    """What every teacher has in common whose model runs elsewhere: an actor is a thin client of it."""
+
+    tokenizer: str
+    """Folder with the served model's tokenizer.json: what the token ids mean, the chat template, and (with the model's
+    config.json and generation_config.json beside it) where a text ends and how many rows the LM head has."""
+    top_k: int = Field(default=20, ge=0, le=256)
+    """K: tokens per position whose log-probability is asked for; rows hold as many as the server gives, which may be fewer.
+    0: text alone, for losses that look at nothing else (ce_teacher: sequence-level distillation)."""
+    max_model_len: int | None = Field(default=None, ge=8)
+    """Context in tokens, prompt and completion together. None: what the server says."""
+    num_cpus: float = Field(default=0.1, ge=0.0)
+    """Logical CPUs of one actor: it waits for the server, and reads what comes."""
+
+    hidden_layers: ClassVar[tuple[int, ...]] = ()
+    """Hidden states do not travel this way."""
+
+    @property
+    def tokenizer_folder(self) -> str:
+        """Folder of the tokenizer that the token ids belong to."""
+        return self.tokenizer
+
+    @property
+    def gpus_per_actor(self) -> float:
+        """GPUs one actor asks for: it computes nothing."""
+        return 0.0
 
 
 class VllmTeacherConfig(LocalTeacherConfig):
@@ -167,4 +235,91 @@ class HfTeacherConfig(LocalTeacherConfig):
     kind: Literal["hf"] = "hf"
 
 
-TeacherConfig = Annotated[VllmTeacherConfig | HfTeacherConfig, Field(discriminator="kind")]
+class HttpTeacherConfig(HttpAccess, RemoteTeacherConfig):
+    """A teacher behind an OpenAI-compatible endpoint (`/v1/completions`), such as a stock `vllm serve`."""
+
+
+class ServedTeacherConfig(ServedAccess, RemoteTeacherConfig):
+    """A shared teacher: an engine of raykd that runs as a service (python -m teacher_serving.serve)."""
+
+    top_k: int = Field(default=64, ge=1, le=256)
+    """K: tokens per position whose log-probability is recorded; at most what the service gives."""
+    max_model_len: int | None = Field(default=None, ge=8)
+    """Context in tokens, prompt and completion together; at most the service's. None: that."""
+
+    @property
+    def request(self) -> RequestConfig:
+        """How the service is to answer."""
+        return RequestConfig(top_k=self.top_k, sampling=self.sampling, max_model_len=self.max_model_len)
+
+    @model_validator(mode="after")
+    def _version_is_the_services(self) -> ServedTeacherConfig:
+        if self.weight_version != "0":
+            raise ValueError(
+                f"weight_version={self.weight_version} with kind: served has no effect: the service's own config has it"
+            )
+        return self
+
+
+class SeveralTeachersConfig(RemoteTeacherConfig):
+    """Several teachers of one vocabulary, each of which answers its part of the prompts: those whose `teacher_id` names it,
+    and its share of those that name none. What is written and recorded, and the pool of actors, is the same for all."""
+
+    kind: Literal["several"] = "several"
+    teachers: dict[Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$")], OneOfSeveral] = Field(min_length=2)
+    """By the name that prompts ask for them with, and that is their `teacher_id` in the data: where each one is."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Share of each among the prompts that name no teacher."""
+        return {name: one.weight for name, one in self.teachers.items()}
+
+    @property
+    def api_key_names(self) -> tuple[str, ...]:
+        """Environment variables that hold keys."""
+        return tuple(dict.fromkeys(key for one in self.teachers.values() for key in one.api_key_names))
+
+    def config_of(self, name: str) -> HttpTeacherConfig | ServedTeacherConfig:
+        """The teacher of this name as one alone."""
+        one = self.teachers[name]
+        kind = ServedTeacherConfig if isinstance(one, ServedShare) else HttpTeacherConfig
+        common = self.model_dump(include=set(RemoteTeacherConfig.model_fields) - {"max_retries"})
+        return kind.model_validate(common | one.model_dump(exclude={"weight"}) | {"teacher_id": name})
+
+    @model_validator(mode="after")
+    def _each_is_possible(self) -> SeveralTeachersConfig:
+        for name in self.teachers:
+            try:
+                self.config_of(name)
+            except ValidationError as error:
+                problem = error.errors()[0]
+                where = ".".join(map(str, problem["loc"]))
+                raise ValueError(f"teachers.{name}: {where}{': ' if where else ''}{problem['msg']}") from None
+        if not any(self.weights.values()):
+            raise ValueError(f"weights of teachers {self.weights}: expected one above 0 at least")
+        if self.max_retries != BaseTeacherConfig.model_fields["max_retries"].default:
+            raise ValueError(f"max_retries={self.max_retries} with kind: several has no effect: each teacher has its own")
+        return self
+
+
+class SimulatedTeacherConfig(LocalTeacherConfig):
+    """No model at all: the time and the payload of one, for trying out a run's data path on a small machine."""
+
+    kind: Literal["simulated"] = "simulated"
+    device: Literal["auto", "cpu", "cuda"] = "cpu"
+    tokens_per_s: float = Field(default=2000.0, gt=0.0, allow_inf_nan=False)
+    """Completion tokens that one engine writes (or scores) a second while `max_num_seqs` sequences run, each at an even
+    share."""
+    response_tokens: int = Field(default=256, ge=1)
+    """Mean length of what is written, before `sampling.max_tokens` cuts it."""
+
+
+TeacherConfig = Annotated[
+    VllmTeacherConfig
+    | HfTeacherConfig
+    | HttpTeacherConfig
+    | ServedTeacherConfig
+    | SeveralTeachersConfig
+    | SimulatedTeacherConfig,
+    Field(discriminator="kind"),
+]

@@ -7,21 +7,56 @@ Out: a Teacher with its model loaded; only the chosen engine's library is import
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TypeVar
 
-from teacher_serving.config import HfTeacherConfig, LocalTeacherConfig, VllmTeacherConfig
+from teacher_serving.config import (
+    BaseTeacherConfig,
+    HfTeacherConfig,
+    HttpTeacherConfig,
+    LocalTeacherConfig,
+    ServedTeacherConfig,
+    SeveralTeachersConfig,
+    SimulatedTeacherConfig,
+    VllmTeacherConfig,
+)
 from teacher_serving.identity import describe
-from teacher_serving.types import Teacher
+from teacher_serving.types import Teacher, TeacherInfo
 
-C = TypeVar("C", bound=LocalTeacherConfig)
+C = TypeVar("C", bound=BaseTeacherConfig)
 
 
-def connect(config: VllmTeacherConfig | HfTeacherConfig) -> Teacher:
-    """Load the teacher of this config.
+def connect(
+    config: VllmTeacherConfig
+    | HfTeacherConfig
+    | HttpTeacherConfig
+    | ServedTeacherConfig
+    | SeveralTeachersConfig
+    | SimulatedTeacherConfig,
+    *,
+    ledger: Path | None = None,
+) -> Teacher:
+    """Load the teacher of this config. `ledger`: where one that is paid for writes what it has cost (spending.py).
 
     Raises ValueError where its folder or settings cannot work, before anything is loaded.
     """
     info = describe(config)
+    if isinstance(config, HttpTeacherConfig):
+        from teacher_serving.http_client import HttpTeacher
+
+        return HttpTeacher(config, info, ledger)
+    if isinstance(config, ServedTeacherConfig):
+        from teacher_serving.served_client import ServedTeacher
+
+        return ServedTeacher(config, info)
+    if isinstance(config, SeveralTeachersConfig):
+        from teacher_serving.several import SeveralTeachers
+
+        return SeveralTeachers(config, info, ledger)
+    if isinstance(config, SimulatedTeacherConfig):
+        from teacher_serving.simulated import SimulatedTeacher
+
+        return SimulatedTeacher(config, info)
     if config.device == "auto":
         import torch
 
@@ -38,9 +73,25 @@ def connect(config: VllmTeacherConfig | HfTeacherConfig) -> Teacher:
     return HfEngine(config, info)
 
 
+def contact(config: BaseTeacherConfig, info: TeacherInfo, *, scoring: bool) -> str:
+    """What a teacher behind an API says it gives, before work starts; empty for all others.
+
+    `scoring`: it is to score given text. Raises ValueError where it does not answer or cannot do what the config wants.
+    """
+    if isinstance(config, SeveralTeachersConfig):
+        from teacher_serving.several import contact_several
+
+        return contact_several(config, scoring=scoring)
+    if not isinstance(config, HttpTeacherConfig):
+        return ""
+    from teacher_serving import http_client
+
+    return http_client.contact(config, info, scoring=scoring)
+
+
 def resolve_device(config: C, *, has_gpu: bool) -> C:
     """The config with `device: auto` replaced by what there is."""
-    if config.device != "auto":
+    if not isinstance(config, LocalTeacherConfig) or config.device != "auto":
         return config
     return type(config).model_validate({**config.model_dump(), "device": "cuda" if has_gpu else "cpu"})
 

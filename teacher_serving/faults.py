@@ -1,12 +1,14 @@
-"""Faults on purpose, for the crash tests: RAYKD_FAULT="teacher:exit@batch=3;once=/tmp/struck".
+"""Faults on purpose, for the crash tests: RAYKD_FAULT="teacher:exit@batch=3;once=/tmp/struck worker:exit@step=5".
 
-In:  the environment variable RAYKD_FAULT, `<component>:<action>@<key>=<number>[;once=<file>]`; unset: no fault.
-Out: Fault.strikes(<key>=value), asked by the component at the place where its fault would happen.
+In:  the environment variable RAYKD_FAULT, `<component>:<action>@<key>=<number>[;once=<file>]`, several with blanks between
+     them; unset: no fault.
+Out: Fault.strikes(<key>=value), asked by the component at the place where its fault would happen; the delay of a slow one.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,8 +51,14 @@ class Fault:
 
 def planned_fault(component: str, action: str) -> Fault | None:
     """The fault that the environment plans for this component and action, if any."""
-    text = os.environ.get(VARIABLE)
-    if not text:
-        return None
-    fault = Fault.parse(text)
-    return fault if (fault.component, fault.action) == (component, action) else None
+    return next(_planned(component, action), None)
+
+
+def _planned(component: str, action: str) -> Iterator[Fault]:
+    faults = map(Fault.parse, os.environ.get(VARIABLE, "").split())
+    return (fault for fault in faults if (fault.component, fault.action) == (component, action))
+
+
+def planned_delay(component: str) -> float:
+    """Seconds by which every call or step of this process is slowed down, as `teacher:slow@ms=500` has it; asked once."""
+    return next((fault.value / 1000 for fault in _planned(component, "slow") if fault.strikes(ms=fault.value)), 0.0)

@@ -29,7 +29,7 @@ from teacher_serving.arrow import (
     request_seed,
     shipped_states,
 )
-from teacher_serving.config import HfTeacherConfig, SamplingConfig
+from teacher_serving.config import HfTeacherConfig, RequestConfig, SamplingConfig
 from teacher_serving.types import TeacherInfo, token_limits
 
 
@@ -61,38 +61,49 @@ class HfEngine:
     def probe(self) -> None:
         """Score one sequence of full length, so that too little memory shows now and not in an hour."""
         ids = np.arange(self.info.max_model_len, dtype=np.int32) % self.info.vocab_size
-        self._score_one(ids[:1], ids[1:])
+        self._score_one(ids[:1], ids[1:], self._config.top_k)
+
+    def problem(self) -> str | None:
+        """Why this teacher can answer nothing any more: never."""
+        return None
 
     def close(self) -> None:
         """Release the model. Idempotent."""
         self._model = self._body = torch.nn.Identity()
 
-    def generate_answers(self, prompts: pa.Table) -> list[Answer]:
-        """As generate, an Answer a row in full precision."""
-        problems = find_problems(prompts, self.info, context=self.info.max_model_len)
+    def generate_answers(self, prompts: pa.Table, request: RequestConfig | None = None) -> list[Answer]:
+        """As generate, an Answer a row in full precision. `request`: in place of the config's own settings."""
+        request = request or self._config.request
+        context = request.context(self.info.max_model_len)
+        problems = find_problems(prompts, self.info, context=context)
         answers = [Answer.error(problem) if problem else NOTHING for problem in problems]
         prompt = ListColumn.of(prompts, "prompt_ids")
         uids = prompts.column("uid").to_pylist()
-        limits = token_limits(prompts, self._config.sampling.max_tokens)
+        limits = token_limits(prompts, request.sampling.max_tokens)
+        room = [min(limit, context - length) for limit, length in zip(limits, prompt.lengths.tolist(), strict=True)]
         rows = [row for row, problem in enumerate(problems) if problem is None]
         with self._turn:
             for start in range(0, len(rows), self._config.max_num_seqs):
                 batch = rows[start : start + self._config.max_num_seqs]
                 written = self._write(
-                    [prompt.row(row) for row in batch], [uids[row] for row in batch], [limits[row] for row in batch]
+                    [prompt.row(row) for row in batch],
+                    [uids[row] for row in batch],
+                    [room[row] for row in batch],
+                    request,
                 )
                 for row, answer in zip(batch, written, strict=True):
                     answers[row] = answer
         return answers
 
-    def score_answers(self, sequences: pa.Table) -> list[Answer]:
-        """As score, an Answer a row in full precision."""
-        problems = find_problems(sequences, self.info, context=self.info.max_model_len)
+    def score_answers(self, sequences: pa.Table, request: RequestConfig | None = None) -> list[Answer]:
+        """As score, an Answer a row in full precision. `request`: in place of the config's own settings."""
+        request = request or self._config.request
+        problems = find_problems(sequences, self.info, context=request.context(self.info.max_model_len))
         prompt = ListColumn.of(sequences, "prompt_ids")
         output = ListColumn.of(sequences, "output_ids")
         with self._turn:
             return [
-                Answer.error(problem) if problem else self._score_one(prompt.row(row), output.row(row))
+                Answer.error(problem) if problem else self._score_one(prompt.row(row), output.row(row), request.top_k)
                 for row, problem in enumerate(problems)
             ]
 
@@ -111,7 +122,7 @@ class HfEngine:
         return answers_table(rows, answers, self.info, self._config.top_k, self._config.weight_version)
 
     @torch.inference_mode()
-    def _score_one(self, prompt_ids: np.ndarray, output_ids: np.ndarray) -> Answer:
+    def _score_one(self, prompt_ids: np.ndarray, output_ids: np.ndarray, top_k: int) -> Answer:
         """One forward over one sequence: no padding, no batch to depend on."""
         if not len(output_ids):
             return Answer(np.empty(0, np.int32), (), "given")
@@ -119,7 +130,7 @@ class HfEngine:
         ids = torch.from_numpy(np.concatenate((prompt_ids, output_ids)).astype(np.int64)).to(self._device)
         before_each_output = torch.arange(len(prompt_ids) - 1, len(ids) - 1, device=self._device)
         logits = self._model(input_ids=ids[None], logits_to_keep=before_each_output, use_cache=False).logits[0]  # [T, V]
-        piece = _columns(logits, ids[len(prompt_ids) :], self._config.top_k)
+        piece = _columns(logits, ids[len(prompt_ids) :], top_k)
         return Answer(np.array(output_ids, np.int32), (piece,), "given", self._take_states())
 
     @torch.inference_mode()
@@ -133,11 +144,10 @@ class HfEngine:
         return self._take_states()
 
     @torch.inference_mode()
-    def _write(self, prompts: list[np.ndarray], uids: list[int], limits: list[int]) -> list[Answer]:
-        """Write a batch, padded on the left, until every sequence has stopped or is full."""
-        sampling = self._config.sampling
+    def _write(self, prompts: list[np.ndarray], uids: list[int], room: list[int], request: RequestConfig) -> list[Answer]:
+        """Write a batch, padded on the left, until every sequence has stopped or as many tokens as it has `room` for."""
+        sampling = request.sampling
         stop = self.info.eos_token_ids if sampling.stop_token_ids is None else sampling.stop_token_ids
-        room = [min(limit, self.info.max_model_len - len(prompt)) for limit, prompt in zip(limits, prompts, strict=True)]
         width = max(len(prompt) for prompt in prompts)
         ids = torch.zeros(len(prompts), width, dtype=torch.long, device=self._device)
         mask = torch.zeros_like(ids)
@@ -158,7 +168,7 @@ class HfEngine:
             cache = out.past_key_values
             logits = out.logits[:, -1]
             next_ids = _next_tokens(logits, sampling, generators)
-            steps.append(_columns(logits, next_ids, self._config.top_k))
+            steps.append(_columns(logits, next_ids, request.top_k))
             for row, token in enumerate(next_ids.tolist()):
                 if finish[row] is None:
                     num_written[row] += 1

@@ -1,6 +1,6 @@
 """Who a teacher is and what it can deliver, read from its files before any weight is loaded.
 
-In:  a teacher's config, or a tokenizer's folder.
+In:  a teacher's config, or a tokenizer's folder. (Of a model that runs elsewhere there is the tokenizer's folder alone.)
 Out: a TeacherInfo; fingerprints are hex digests.
 """
 
@@ -10,15 +10,21 @@ import hashlib
 import json
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from teacher_serving.config import VllmTeacherConfig
+from teacher_serving.config import (
+    HttpTeacherConfig,
+    ServedTeacherConfig,
+    SeveralTeachersConfig,
+    SimulatedTeacherConfig,
+    VllmTeacherConfig,
+)
 from teacher_serving.types import TeacherInfo
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from teacher_serving.config import LocalTeacherConfig
+    from teacher_serving.config import LocalTeacherConfig, RemoteTeacherConfig
 
 WHOLE_FILE_BYTES = 64 * 2**20
 """Weight files up to this size are hashed whole, larger ones by a sample of every tensor."""
@@ -76,13 +82,42 @@ WITH_STATES_IN_VLLM = frozenset(
 """Architectures whose hidden states vLLM 0.32 can hand out: with its EAGLE-3 interface, without latent attention."""
 
 
-def describe(config: LocalTeacherConfig) -> TeacherInfo:
-    """What the teacher of this config can deliver.
+class FileFingerprints(NamedTuple):
+    """Of a model's folder: what its files say, whatever the settings. Seconds for a large model."""
+
+    model: str
+    tokenizer: str
+    vocabulary: str
+
+
+def read_fingerprints(config: LocalTeacherConfig) -> FileFingerprints:
+    """Those of the folder of this config. Raises ValueError where a file is missing."""
+    folder = Path(config.model)
+    # Of a simulated teacher no weights are read, and none need be there.
+    model = "simulated" if isinstance(config, SimulatedTeacherConfig) else model_fingerprint(folder)
+    return FileFingerprints(model, tokenizer_fingerprint(folder), vocabulary_fingerprint(folder))
+
+
+def describe(
+    config: LocalTeacherConfig | HttpTeacherConfig | ServedTeacherConfig | SeveralTeachersConfig,
+    files: FileFingerprints | None = None,
+) -> TeacherInfo:
+    """What the teacher of this config can deliver. `files`: where they have been read already.
 
     Raises ValueError where the folder or a file of it is missing, where K is larger than the vocabulary, where a
     stop token is outside it, where there is no such hidden layer or the engine cannot ship it, and where the context
     asked for is longer than the model's.
     """
+    if isinstance(config, HttpTeacherConfig):
+        return _describe_endpoint(config)
+    if isinstance(config, ServedTeacherConfig):
+        from teacher_serving.served_client import describe_served  # its module needs this one
+
+        return describe_served(config)
+    if isinstance(config, SeveralTeachersConfig):
+        from teacher_serving.several import describe_several  # likewise
+
+        return describe_several(config)
     folder = Path(config.model)
     text_config = read_text_config(folder)
     vocab_size = int(text_config["vocab_size"])
@@ -115,14 +150,62 @@ def describe(config: LocalTeacherConfig) -> TeacherInfo:
         "hidden_layers": config.hidden_layers,
         "weight_version": config.weight_version,
     }
+    if isinstance(config, SimulatedTeacherConfig):
+        settings["response_tokens"] = config.response_tokens
+    files = files or read_fingerprints(config)
     return TeacherInfo(
         teacher_id=config.teacher_id or folder.resolve().name,
-        fingerprint=_digest(model_fingerprint(folder), tokenizer_fingerprint(folder), _canonical(settings)),
-        vocabulary_fingerprint=vocabulary_fingerprint(folder),
+        fingerprint=_digest(files.model, files.tokenizer, _canonical(settings)),
+        vocabulary_fingerprint=files.vocabulary,
         vocab_size=vocab_size,
         max_model_len=max_model_len,
         eos_token_ids=_eos_token_ids(folder, text_config),
     )
+
+
+def _describe_endpoint(config: HttpTeacherConfig) -> TeacherInfo:
+    """What a teacher without files of its own can deliver, by those of its tokenizer. Asks the endpoint for its context
+    where the config does not say it.
+
+    The address is no part of the fingerprint: the same model elsewhere is the same teacher.
+    """
+    folder = Path(config.tokenizer)
+    tokenizer = read_tokenizer(folder)
+    text_config = read_text_config(folder) if (folder / "config.json").is_file() else {}
+    vocab_size = int(text_config.get("vocab_size") or max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1)
+    outside = [token for token in config.sampling.stop_token_ids or () if not 0 <= token < vocab_size]
+    if outside or config.top_k > vocab_size:
+        raise ValueError(
+            f"sampling.stop_token_ids {outside} are outside the vocabulary in {folder}, or top_k={config.top_k} is larger: "
+            f"it has {vocab_size} tokens"
+        )
+    max_model_len = config.max_model_len
+    if max_model_len is None:
+        from teacher_serving.http_client import served_context
+
+        max_model_len = served_context(config)
+    settings = {
+        "sampling": config.sampling.model_dump(),
+        "top_k": config.top_k,
+        "max_model_len": max_model_len,
+        "weight_version": config.weight_version,
+    }
+    return TeacherInfo(
+        teacher_id=config.teacher_id or config.model.rstrip("/").rpartition("/")[2],
+        fingerprint=_digest("http", config.model, tokenizer_fingerprint(folder), _canonical(settings)),
+        vocabulary_fingerprint=vocabulary_fingerprint(tokenizer),
+        vocab_size=vocab_size,
+        max_model_len=max_model_len,
+        eos_token_ids=_eos_token_ids(folder, text_config) or _eos_of_tokenizer(folder, tokenizer),
+    )
+
+
+def _eos_of_tokenizer(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The token that tokenizer_config.json says ends a text."""
+    path = folder / "tokenizer_config.json"
+    token = json.loads(path.read_text()).get("eos_token") if path.is_file() else None
+    found = tokenizer.token_to_id(token["content"] if isinstance(token, dict) else token) if token else None
+    return () if found is None else (found,)
 
 
 def _check_hidden_layers(config: LocalTeacherConfig, num_layers: int) -> None:
@@ -172,11 +255,11 @@ def cpu_kv_cache_bytes(config: LocalTeacherConfig, info: TeacherInfo) -> int:
     return max(2 * context_bytes, min(config.max_num_seqs * context_bytes, MAX_CPU_KV_BYTES))
 
 
-def state_bytes_per_token(config: LocalTeacherConfig) -> int:
+def state_bytes_per_token(config: LocalTeacherConfig | RemoteTeacherConfig) -> int:
     """Bytes of hidden states that are shipped with one token."""
     if not config.hidden_layers:
         return 0
-    return 2 * len(config.hidden_layers) * read_text_config(Path(config.model))["hidden_size"]
+    return 2 * len(config.hidden_layers) * read_text_config(Path(config.tokenizer_folder))["hidden_size"]
 
 
 def kv_bytes_per_token(folder: Path, element_bytes: int) -> int:
@@ -193,13 +276,14 @@ def vocabulary_fingerprint(source: str | Path | Tokenizer) -> str:
 
     `source`: a folder, or a fast tokenizer at hand. Raises ValueError where the folder has no tokenizer.json.
     """
-    tokenizer = _read_tokenizer(Path(source)) if isinstance(source, str | Path) else source
+    tokenizer = read_tokenizer(Path(source)) if isinstance(source, str | Path) else source
     tokens = sorted((index, token) for token, index in tokenizer.get_vocab(with_added_tokens=True).items())
     special = sorted(index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special)
     return _digest(_canonical(tokens), _canonical(special))
 
 
-def _read_tokenizer(folder: Path) -> Tokenizer:
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The fast tokenizer in a folder. Raises ValueError where there is none."""
     from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"

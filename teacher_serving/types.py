@@ -10,9 +10,13 @@ Log-probabilities are in nats.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import pyarrow as pa
+
+if TYPE_CHECKING:
+    from teacher_serving.arrow import Answer
+    from teacher_serving.config import RequestConfig
 
 PROMPT_SCHEMA = pa.schema(
     [
@@ -21,6 +25,9 @@ PROMPT_SCHEMA = pa.schema(
     ]
 )
 """A column `max_tokens` (int32) beside these takes the place of `sampling.max_tokens`, row by row."""
+
+FOR_TEACHER = "for_teacher"
+"""Column beside those of a request that names, of several teachers (several.py), the one that is to answer the row."""
 
 SEQUENCE_SCHEMA = pa.schema(
     [
@@ -63,6 +70,10 @@ class TeacherInfo:
     eos_token_ids: tuple[int, ...]
 
 
+NOT_ASKED = "not asked"
+"""Begins the reason of an error row that nobody was asked for: the teacher's budget is spent."""
+
+
 class Teacher(Protocol):
     """A model that writes and scores. Methods may be called from several threads at once."""
 
@@ -82,6 +93,23 @@ class Teacher(Protocol):
 
     def close(self) -> None:
         """Release the model. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class Engine(Teacher, Protocol):
+    """A teacher that holds its model itself, and answers each request as that request says."""
+
+    def generate_answers(self, prompts: pa.Table, request: RequestConfig | None = None) -> list[Answer]:
+        """As generate, an Answer a row in full precision. `request`: in place of the config's own settings."""
+        ...
+
+    def score_answers(self, sequences: pa.Table, request: RequestConfig | None = None) -> list[Answer]:
+        """As score, an Answer a row in full precision. `request`: in place of the config's own settings."""
+        ...
+
+    def problem(self) -> str | None:
+        """Why this teacher can answer nothing any more; None while it can."""
         ...
 
 

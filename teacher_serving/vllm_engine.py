@@ -3,9 +3,9 @@
 In:  tables of PROMPT_SCHEMA (generate) or SEQUENCE_SCHEMA (score), from several threads at once.
 Out: tables of TEACHER_OUTPUT_SCHEMA in the order of the request; a row that could not be answered is an error row.
 
-With vllm_states.py the only file that imports vllm. One code path for CPU and GPU: vLLM's LLMEngine is driven by
-add_request and step, so the requests of all calls share its running batch and a slow sequence holds back nobody but
-itself. With VLLM_ENABLE_V1_MULTIPROCESSING=0 the engine lives in this process, else in a child.
+With vllm_arrays.py and vllm_states.py the only file that imports vllm. One code path for CPU and GPU: vLLM's LLMEngine
+is driven by add_request and step, so the requests of all calls share its running batch and a slow sequence holds back
+nobody but itself. With VLLM_ENABLE_V1_MULTIPROCESSING=0 the engine lives in this process, else in a child.
 
 Shape letters: P prompt tokens, T output tokens, K top-k entries, C = K + 1 columns (the sampled token in front).
 """
@@ -30,21 +30,20 @@ import vllm
 from vllm import EngineArgs, SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs.engine import tokens_input
-from vllm.logprobs import FlatLogprobs
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
-from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from teacher_serving.arrow import NOTHING, Answer, ListColumn, answers_table, find_problems, request_seed, same_answer
-from teacher_serving.config import VllmTeacherConfig
+from teacher_serving.config import RequestConfig, VllmTeacherConfig
 from teacher_serving.faults import planned_fault
 from teacher_serving.identity import context_limit, cpu_kv_cache_bytes
 from teacher_serving.types import TeacherDeadError, TeacherInfo, token_limits
+from teacher_serving.vllm_arrays import KeptArrays, pieces_of
 from teacher_serving.vllm_states import received_states, settings_for_states
 
 ARRAYS_KEPT_IN = ("0.32.",)
-"""vLLM versions whose output processor _KeptArrays is known to fit; others take the public flat path."""
+"""vLLM versions whose output processor KeptArrays is known to fit; others take the public flat path."""
 SCORING_BYTES = 256 * 2**20
 POLL_S = 1.0
 """How often a waiting caller looks whether the engine still lives."""
@@ -108,6 +107,10 @@ class VllmEngine:
         if answer.finish_reason != "given":
             raise TeacherDeadError(f"the engine could not score {len(ids)} tokens: {answer.finish_reason}")
 
+    def problem(self) -> str | None:
+        """Why this teacher can answer nothing any more; None while it can."""
+        return self._death or self._engine_problem()
+
     def close(self) -> None:
         """Stop the stepping thread and the engine; callers still waiting get TeacherDeadError. Idempotent."""
         with self._wakeup:
@@ -121,31 +124,34 @@ class VllmEngine:
 
     # ---- answers in full precision, before they become a table
 
-    def generate_answers(self, prompts: pa.Table) -> list[Answer]:
-        """As generate, an Answer a row."""
+    def generate_answers(self, prompts: pa.Table, request: RequestConfig | None = None) -> list[Answer]:
+        """As generate, an Answer a row. `request`: in place of the config's own settings."""
+        request = request or self._config.request
+        context = request.context(self.info.max_model_len)
         prompt = ListColumn.of(prompts, "prompt_ids")
         uids = prompts.column("uid").to_pylist()
-        sampling = self._config.sampling
+        sampling, top_k = request.sampling, request.top_k
+        stop = self.info.eos_token_ids if sampling.stop_token_ids is None else sampling.stop_token_ids
         limits = token_limits(prompts, sampling.max_tokens)
 
-        def request(row: int, attempt: int) -> _Request:
+        def asked_for(row: int, attempt: int) -> _Request:
             prompt_ids = prompt.row(row).tolist()
             params = _sampling_params(
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.sample_top_k,
                 seed=None if sampling.temperature == 0.0 else request_seed(sampling.seed, uids[row], attempt),
-                max_tokens=min(limits[row], self.info.max_model_len - len(prompt_ids)),
-                stop_token_ids=list(self._stop_token_ids),
-                logprobs=self._config.top_k,
+                max_tokens=min(limits[row], context - len(prompt_ids)),
+                stop_token_ids=list(stop),
+                logprobs=top_k,
             )
             return _Request(prompt_ids, params)
 
-        problems = find_problems(prompts, self.info, context=self.info.max_model_len)
+        problems = find_problems(prompts, self.info, context=context)
         answers = [Answer.error(problem or "the teacher was not asked") for problem in problems]
         open_rows = [row for row, problem in enumerate(problems) if problem is None]
         for attempt in range(self._config.max_retries + 1):
-            requests = [request(row, attempt) for row in open_rows]
+            requests = [asked_for(row, attempt) for row in open_rows]
             self._ask(requests)
             for row, asked in zip(open_rows, requests, strict=True):
                 answers[row] = self._written(asked, uids[row])
@@ -154,13 +160,14 @@ class VllmEngine:
                 break
         return answers
 
-    def score_answers(self, sequences: pa.Table) -> list[Answer]:
-        """As score, an Answer a row."""
+    def score_answers(self, sequences: pa.Table, request: RequestConfig | None = None) -> list[Answer]:
+        """As score, an Answer a row. `request`: in place of the config's own settings."""
+        request = request or self._config.request
         prompt = ListColumn.of(sequences, "prompt_ids")
         output = ListColumn.of(sequences, "output_ids")
-        problems = find_problems(sequences, self.info, context=self._score_context)
+        problems = find_problems(sequences, self.info, context=request.context(self._score_context))
         rows = [row for row, problem in enumerate(problems) if problem is None and output.lengths[row]]
-        params = _sampling_params(temperature=0.0, max_tokens=1, prompt_logprobs=self._config.top_k)
+        params = _sampling_params(temperature=0.0, max_tokens=1, prompt_logprobs=request.top_k)
         requests = [_Request(np.concatenate((prompt.row(row), output.row(row))).tolist(), params) for row in rows]
         self._ask(requests)
         empty = Answer(np.empty(0, np.int32), (), "given")
@@ -170,11 +177,6 @@ class VllmEngine:
         return answers
 
     # ---- the callers' side
-
-    @property
-    def _stop_token_ids(self) -> tuple[int, ...]:
-        given = self._config.sampling.stop_token_ids
-        return self.info.eos_token_ids if given is None else given
 
     def _table(self, rows: pa.Table, answers: Sequence[Answer]) -> pa.Table:
         return answers_table(rows, answers, self.info, self._config.top_k, self._config.weight_version)
@@ -214,14 +216,15 @@ class VllmEngine:
         if completion.finish_reason not in ("stop", "length"):
             return Answer.error(f"the engine finished with {completion.finish_reason}")
         output_ids = np.asarray(completion.token_ids, np.int32)
+        pieces = pieces_of(completion.logprobs, len(output_ids), asked.params.logprobs or 0)
         states = received_states(output, self._config.hidden_layers, len(asked.prompt_ids) + len(output_ids))
-        return Answer(output_ids, _pieces(completion.logprobs, len(output_ids)), completion.finish_reason, states)
+        return Answer(output_ids, pieces, completion.finish_reason, states)
 
     def _scored(self, asked: _Request, prompt_length: int, output_ids: np.ndarray) -> Answer:
         output = asked.done.result()
         if isinstance(output, str):
             return Answer.error(output)
-        pieces = _pieces(output.prompt_logprobs, len(asked.prompt_ids) - 1)
+        pieces = pieces_of(output.prompt_logprobs, len(asked.prompt_ids) - 1, asked.params.prompt_logprobs or 0)
         first = prompt_length - 1  # this row says what follows the prompt
         ids, logprobs = (np.concatenate(parts)[first:] for parts in zip(*pieces, strict=True))
         states = received_states(output, self._config.hidden_layers, len(asked.prompt_ids))
@@ -272,7 +275,7 @@ class VllmEngine:
         if self._keeps_arrays:
             state = self._engine.output_processor.request_states[internal]
             # Stands in for vLLM's own processor without inheriting its lists; checked against it at start-up.
-            state.logprobs_processor = _KeptArrays()  # type: ignore[assignment]
+            state.logprobs_processor = KeptArrays()  # type: ignore[assignment]  (all of it that is read)
 
     def _give_up_late_requests(self) -> None:
         now = time.monotonic()
@@ -321,30 +324,6 @@ class _Request:
     deadline: float = float("inf")  # on the monotonic clock, from its admission
 
 
-class _KeptArrays:
-    """Stands in for vLLM's LogprobsProcessor of one request and keeps the arrays it would turn into lists.
-
-    vLLM's own costs 12 microseconds a token at K = 64, this one a list append. It has the attributes that the output
-    processor reads of a request that wants its final output only; checked at start by _kept_arrays_agree.
-    """
-
-    cumulative_logprob = None
-    prompt_token_id_logprobs = None
-
-    def __init__(self) -> None:
-        self.logprobs: list[tuple[np.ndarray, np.ndarray]] = []  # (ids, logprobs), each [tokens of a step, C]
-        self.prompt_logprobs: list[tuple[np.ndarray, np.ndarray]] = []  # (ids, logprobs), each [P - 1, C]
-
-    def update_from_output(self, output: EngineCoreOutput) -> None:
-        """Take what one engine step has for this request."""
-        if output.new_logprobs is not None:
-            ids, logprobs, *_ = output.new_logprobs
-            self.logprobs.append((ids, logprobs))
-        if output.new_prompt_logprobs_tensors is not None:
-            ids, logprobs, *_ = output.new_prompt_logprobs_tensors
-            self.prompt_logprobs.append((ids.numpy(), logprobs.numpy()))
-
-
 def _sampling_params(**settings: Any) -> SamplingParams:
     """vLLM's settings of one request, with what is the same for all of ours."""
     return SamplingParams(
@@ -354,15 +333,6 @@ def _sampling_params(**settings: Any) -> SamplingParams:
         output_kind=RequestOutputKind.FINAL_ONLY,
         **settings,
     )
-
-
-def _pieces(logprobs: object, num_rows: int) -> Sequence[tuple[np.ndarray, np.ndarray]]:
-    """What a request's log-probabilities are as arrays (ids [n, C], logprobs [n, C]), num_rows rows in all."""
-    if not isinstance(logprobs, FlatLogprobs):
-        assert isinstance(logprobs, list), f"expected kept arrays, found {type(logprobs).__name__}"
-        return logprobs
-    ids = np.array(logprobs.token_ids, np.int32).reshape(num_rows, -1)
-    return ((ids, np.array(logprobs.logprobs, np.float32).reshape(num_rows, -1)),)
 
 
 def _engine_args(config: VllmTeacherConfig, info: TeacherInfo) -> EngineArgs:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -61,7 +62,10 @@ class TeacherCache:
         return Path(self.folder) / self.fingerprint
 
     def write(self, rows: pa.Table) -> None:
-        """Keep rows of TEACHER_OUTPUT_SCHEMA; other columns are left out, rows without an answer are not to be given."""
+        """Keep rows of TEACHER_OUTPUT_SCHEMA; other columns are left out, rows without an answer are not to be given.
+
+        Raises DataError where they cannot be written (a full disk).
+        """
         if not rows.num_rows:
             return
         rows = rows.select(TEACHER_OUTPUT_SCHEMA.names).cast(TEACHER_OUTPUT_SCHEMA)
@@ -70,11 +74,18 @@ class TeacherCache:
         name = hashlib.blake2b(uids.tobytes(), digest_size=16).hexdigest()
         self.path.mkdir(parents=True, exist_ok=True)
         temporary = self.path / f".{name}.{os.getpid()}.tmp"
-        # Log-probabilities hold no repetition to speak of: dictionaries and heavy compression only cost time.
-        pq.write_table(
-            rows, temporary, row_group_size=ROW_GROUP_ROWS, use_dictionary=False, write_statistics=False, compression="lz4"
-        )
-        os.replace(temporary, self.path / f"{name}.parquet")
+        try:
+            # Log-probabilities hold no repetition to speak of: dictionaries and heavy compression only cost time.
+            layout = {"use_dictionary": False, "write_statistics": False, "compression": "lz4"}
+            pq.write_table(rows, temporary, row_group_size=ROW_GROUP_ROWS, **layout)
+            os.replace(temporary, self.path / f"{name}.parquet")
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            free = shutil.disk_usage(self.path).free / 2**20
+            raise DataError(
+                f"{self.path}: the teacher's output cannot be kept: {error}; {free:.0f} MiB are free there: make room and "
+                "go on with --resume, or name another folder in data.teacher_cache"
+            ) from error
 
     def index(self) -> CacheIndex:
         """What is there now; reads the uid columns only. Raises DataError for a file that is no Parquet."""

@@ -2,13 +2,16 @@
 
 In:  a Shard and the rules of the run.
 Out: Parquet files of PROMPT_ROW_SCHEMA, at most PART_ROWS rows each, and a ShardResult of ids, sizes and reasons.
+
+Where there are several teachers (teacher.kind: several), a row's field `teacher_id` names the one that answers it; rows
+without are dealt out by the teachers' weights. Any other teacher takes no notice of the field.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,6 +25,8 @@ from raykd.data.chat import tokenize_row
 from raykd.data.conversation import RowError
 from raykd.data.readers import RawRow, Shard, read_rows
 from raykd.data.uids import hash_uid
+from teacher_serving.several import teacher_for
+from teacher_serving.types import FOR_TEACHER
 
 PROMPT_ROW_SCHEMA = pa.schema(
     [
@@ -34,9 +39,10 @@ PROMPT_ROW_SCHEMA = pa.schema(
         ("response_mask", pa.list_(pa.bool_())),  # null when the teacher writes
         ("held_out", pa.bool_()),
         ("caws_tier", pa.int8()),  # 0: the row names none
+        (FOR_TEACHER, pa.string()),  # who answers the row; null where there is but one teacher
     ]
 )
-"""`raykd.types.Prompt` as Arrow."""
+"""`raykd.types.Prompt` as Arrow, and who is asked."""
 
 PART_ROWS = 256
 ROW_GROUP_ROWS = 32
@@ -51,6 +57,8 @@ class RowRules:
     max_tokens: int  # of the prompt (teacher), of prompt and recorded part together (recorded)
     on_long_prompt: Literal["reject", "truncate_left"]
     answers_only: bool = False  # supervise the answers to tool results alone (stage answer)
+    teachers: tuple[tuple[str, float], ...] = ()  # names and weights where there are several
+    teacher_seed: int = 0  # of the choice between them
 
 
 class Reject(NamedTuple):
@@ -178,10 +186,24 @@ def _prompt_row(raw: RawRow, file: str, held_out: bool, tokenizer: Any, rules: R
         answers_only=rules.answers_only,
     )
     prompt = tokenized.prompt
-    row = {name: getattr(prompt, name) for name in PROMPT_ROW_SCHEMA.names}
+    row = {name: getattr(prompt, name) for name in PROMPT_ROW_SCHEMA.names if name != FOR_TEACHER}
     recorded = [ids for ids in (prompt.recorded_ids, prompt.response_mask) if ids is not None]
     row["uid"] = hash_uid(file, key, prompt.prompt_ids, *recorded)
+    if rules.teachers:
+        row[FOR_TEACHER] = _teacher_of(raw.value, row["uid"], rules)
+        row["uid"] = hash_uid(str(row["uid"]), row[FOR_TEACHER])  # another teacher's answer is not this row's
     return row, tokenized.truncated_tokens > 0
+
+
+def _teacher_of(value: Mapping[str, Any], uid: int, rules: RowRules) -> str:
+    """Who of several answers the row: the one it names, or one by the weights. Raises RowError."""
+    weights = dict(rules.teachers)
+    named = value.get("teacher_id")
+    if named is None:
+        return teacher_for(uid, weights, rules.teacher_seed)
+    if not isinstance(named, str) or named not in weights:
+        raise RowError(f"`teacher_id` is {named!r}; expected one of teacher.teachers: {', '.join(weights)}")
+    return named
 
 
 def part_file(stem: str | Path, part: int) -> str:

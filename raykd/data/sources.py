@@ -38,6 +38,7 @@ from raykd.data.prompt_rows import (
     write_table,
 )
 from raykd.data.readers import DataError, SourceFile, cut, find_files
+from teacher_serving.config import SeveralTeachersConfig
 from teacher_serving.identity import describe, tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ SHARDS_PER_TASK = 4
 """A task's process first loads a tokenizer and what that needs, for seconds: a handful of small files is one task's work."""
 FORMAT_VERSION = 2
 REJECTED_FILE = "rejected.jsonl"
+MISTAKE_FILE = "mistake.txt"
+"""What only the user can mend, in the words of whoever met it: no restart of the workers would help."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +118,12 @@ def prepare_prompts(config: Config, run_folder: str | Path) -> PromptSet:
     train = find_files(config.data.prompts, "data.prompts")
     held_out = find_files(config.data.held_out, "data.held_out") if config.data.held_out else []
     rules = RowRules(
-        config.teacher.model,
+        config.teacher.tokenizer_folder,
         config.data.completions,
         _max_tokens(config),
         config.data.on_long_prompt,
         answers_only=config.stage == "answer",
+        **_teachers(config),
     )
     fingerprint = _fingerprint(rules, train, held_out, config.data.max_rejected_fraction)
     ready = _load(folder, fingerprint)
@@ -221,6 +225,13 @@ def _check(prompt_set: PromptSet, num_rows: int, rejected: list[Reject], config:
         prompt_set.num_contaminated,
         prompt_set.num_not_selected,
     )
+
+
+def _teachers(config: Config) -> dict[str, Any]:
+    """Of several teachers: who they are, and what decides between them."""
+    if not isinstance(config.teacher, SeveralTeachersConfig):
+        return {}
+    return {"teachers": tuple(sorted(config.teacher.weights.items())), "teacher_seed": config.teacher.sampling.seed}
 
 
 def _max_tokens(config: Config) -> int:

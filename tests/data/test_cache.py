@@ -52,7 +52,7 @@ def test_writing_a_batch_twice_leaves_one_file_and_a_uid_in_two_files_counts_onc
     assert len(list(cache.path.iterdir())) == 2
 
 
-def test_half_a_file_is_never_seen(tmp_path, monkeypatch):
+def test_half_a_file_is_never_seen_nor_kept(tmp_path, monkeypatch):
     cache = TeacherCache(str(tmp_path), "f")
 
     def fail_midway(table: pa.Table, path: Path, **_: object) -> None:
@@ -60,9 +60,10 @@ def test_half_a_file_is_never_seen(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(pq, "write_table", fail_midway)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DataError, match=rf"{cache.path}: .*No space left.* MiB are free there: make room"):
         cache.write(answers([1]))
     monkeypatch.undo()
+    assert not list(cache.path.iterdir())
     assert len(cache.index().uid) == 0
     cache.write(answers([1]))
     assert cache.index().uid.tolist() == [1]

@@ -226,6 +226,34 @@ def test_the_tier_that_a_row_names_is_in_its_prompt(tmp_path, tiny_model_path):
     assert pq.read_table(tmp_path / "train-0-00000.parquet")["caws_tier"].to_pylist() == [3, 1, 0, 0]
 
 
+def test_a_row_is_for_the_teacher_that_it_names_or_for_one_by_the_weights(tmp_path, tiny_model_path):
+    """Who answers it is part of the uid, so that no cache gives one teacher's answer for another's."""
+    rows = [conversation("same", id=number) for number in range(30)]
+    named = [{**rows[0], "teacher_id": "code"}, {**rows[1], "teacher_id": "art"}, {**rows[2], "teacher_id": 3}, *rows[3:]]
+
+    def prepared(rows: list, name: str, **rules: Any) -> tuple[Any, pa.Table]:
+        result = prepare(tmp_path / name, rows, tiny_model_path, **rules)
+        return result, pq.read_table(tmp_path / name / "train-0-00000.parquet")
+
+    several = {"teachers": (("code", 1.0), ("math", 1.0))}
+    result, table = prepared(named, "named", **several)
+    assert [(reject.line, reject.reason) for reject in result.rejected] == [
+        (2, "`teacher_id` is 'art'; expected one of teacher.teachers: code, math"),
+        (3, "`teacher_id` is 3; expected one of teacher.teachers: code, math"),
+    ]
+    who = {row["key"]: (row["for_teacher"], row["uid"]) for row in table.to_pylist()}
+    assert who["0"][0] == "code"
+    assert {name for name, _ in who.values()} == {"code", "math"}
+    for rules in ({"teachers": (("code", 1.0), ("math", 9.0))}, {**several, "teacher_seed": 1}):
+        _, again = prepared(named, "again", **rules)
+        for row in again.to_pylist():
+            name, uid = who[row["key"]]
+            assert (row["for_teacher"] == name) == (row["uid"] == uid)
+    _, alone = prepared(named, "alone")  # one teacher takes no notice
+    assert alone["for_teacher"].null_count == 30
+    assert not set(alone["uid"].to_pylist()) & {uid for _, uid in who.values()}
+
+
 def test_a_parquet_file_without_rows_is_refused(tmp_path, tiny_model_path):
     pq.ParquetWriter(tmp_path / "train.parquet", pa.schema([("prompt", pa.string())])).close()
     config = config_for(tmp_path, tiny_model_path, prompts=str(tmp_path / "train.parquet"))

@@ -96,6 +96,7 @@ def test_busy_and_idle_time_are_dealt_out_once_however_calls_overlap():
 
 def test_an_actor_whose_engine_is_dead_ends_its_process_at_once():
     program = """
+from types import SimpleNamespace
 import pyarrow as pa
 from teacher_serving.actor import BusyClock, TeacherActor
 from teacher_serving.types import TeacherDeadError
@@ -105,7 +106,8 @@ class Dead:
         raise TeacherDeadError("killed")
 
 actor = TeacherActor.__new__(TeacherActor)
-actor._teacher, actor._busy, actor._num_calls, actor._faults = Dead(), BusyClock(), 0, []
+actor._teacher, actor._busy, actor._num_calls, actor._faults, actor._delay_s = Dead(), BusyClock(), 0, [], 0.0
+actor._life = SimpleNamespace(is_hopeless=False, ends=print)
 try:
     actor(pa.table({"uid": [1], "prompt_ids": [[1]]}))
 finally:
@@ -122,11 +124,39 @@ def test_the_rows_of_a_dead_actor_are_answered_by_the_next(ray_cluster, config, 
     import ray.data
 
     monkeypatch.setenv(VARIABLE, f"teacher:exit@batch=3;once={tmp_path / 'struck'}")
+    config = config.model_copy(update={"max_restarts": 1})  # a teacher that answers in between may end more often
     rows = teacher_stage(ray.data.from_arrow(block_of(20)), config).take_all()
     assert (tmp_path / "struck").exists()
     assert sorted(row["uid"] for row in rows) == list(range(20))
     assert {row["messages_json"] for row in rows} == {f"conversation {row}" for row in range(20)}
     assert {row["finish_reason"] for row in rows} == {"length", "given"}
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_a_slow_teacher_does_not_hold_up_the_other(ray_cluster, config, tmp_path, monkeypatch):
+    """Of two teachers one takes three seconds longer for each of 20 calls: the other answers nearly all."""
+    import ray.data
+
+    monkeypatch.setenv(VARIABLE, f"teacher:slow@ms=3000;once={tmp_path / 'slow'}")
+    config = config.model_copy(update={"num_replicas": 2, "concurrent_batches": 1, "num_cpus": 0.5})
+    blocks = [block_of(80).slice(start, 4) for start in range(0, 80, 4)]
+    rows = teacher_stage(ray.data.from_arrow(blocks), config).take_all()
+    assert len({row["uid"] for row in rows}) == 80
+    # A slow actor's delay passes as if nothing had been given to it: it shows as waiting, except in its first call.
+    slow = sum(4 * row["teacher_wait_seconds"] >= 2.9 for row in rows)
+    assert slow <= 20
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_a_teacher_that_never_lives_to_answer_ends_the_run_with_the_reason(ray_cluster, config, monkeypatch):
+    import ray.data
+
+    monkeypatch.setenv(VARIABLE, "teacher:exit@batch=1")
+    config = config.model_copy(update={"max_restarts": 1})
+    with pytest.raises(Exception, match="a teacher ended 2 times in a row before .*max_restarts=1 allows 1"):
+        teacher_stage(ray.data.from_arrow(block_of(4)), config).take_all()
 
 
 class _Refuses:

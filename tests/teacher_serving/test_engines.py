@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from teacher_serving.arrow import Answer, split_columns
-from teacher_serving.config import HfTeacherConfig, SamplingConfig, VllmTeacherConfig
+from teacher_serving.config import HfTeacherConfig, RequestConfig, SamplingConfig, VllmTeacherConfig
 from teacher_serving.connect import connect
 from teacher_serving.faults import Fault
 from teacher_serving.hf_engine import HfEngine
@@ -112,6 +113,27 @@ def test_a_row_may_have_a_limit_of_its_own(engine: VllmEngine):
     for answer, part, limit in zip(whole, cut, (1, 2, 3, 24), strict=True):
         assert part.output_ids.tolist() == answer.output_ids[:limit].tolist()
     assert_agree(cut, reference(engine).generate_answers(limited), top_k=64)
+
+
+def test_requests_with_settings_of_their_own_share_the_batch(engine: VllmEngine):
+    """What a shared teacher does: each client's K, sampling and context, whatever runs beside it."""
+    own = [
+        RequestConfig(top_k=3, sampling=SamplingConfig(max_tokens=9, stop_token_ids=())),
+        RequestConfig(top_k=64, sampling=SamplingConfig(max_tokens=40, stop_token_ids=())),
+        RequestConfig(top_k=5, sampling=SamplingConfig(max_tokens=40, stop_token_ids=()), max_model_len=48),
+    ]
+    asked = prompts(engine, 12)
+    hf = reference(engine)
+    with ThreadPoolExecutor() as threads:
+        written = list(threads.map(lambda request: engine.generate_answers(asked, request), own))
+    for request, answers in zip(own, written, strict=True):
+        assert_agree(answers, hf.generate_answers(asked, request), request.top_k)
+    given = asked.append_column("output_ids", prompts(engine, 12, seed=1, longest=60)["prompt_ids"])
+    found, expected = engine.score_answers(given, own[2]), hf.score_answers(given, own[2])
+    assert [answer.finish_reason for answer in found] == [answer.finish_reason for answer in expected]
+    assert len({answer.finish_reason for answer in found}) > 1  # some are longer than this request's context
+    fitting = [row for row, answer in enumerate(found) if answer.finish_reason == "given"]
+    assert_agree([found[row] for row in fitting], [expected[row] for row in fitting], 5)
 
 
 def test_scoring_what_was_written_gives_the_same_numbers(engine: VllmEngine):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from teacher_serving.faults import VARIABLE, Fault, planned_fault
+from teacher_serving.faults import VARIABLE, Fault, planned_delay, planned_fault
 
 
 def test_a_fault_strikes_at_its_count_and_only_the_first_to_get_there(tmp_path: Path):
@@ -25,6 +25,9 @@ def test_the_environment_plans_for_one_component_and_action(monkeypatch: pytest.
     assert planned_fault("teacher", "exit") == Fault("teacher", "exit", "batch", 3)
     assert planned_fault("teacher", "empty") is None
     assert planned_fault("train", "exit") is None
+    monkeypatch.setenv(VARIABLE, "teacher:exit@batch=3 worker:exit@step=5 teacher:slow@ms=250")
+    assert planned_fault("worker", "exit") == Fault("worker", "exit", "step", 5)
+    assert (planned_delay("teacher"), planned_delay("worker")) == (0.25, 0.0)
 
 
 @pytest.mark.parametrize("text", ["teacher", "teacher:exit", "teacher:exit@batch", "teacher:exit@batch=x"])
