@@ -44,6 +44,7 @@ from raykd.cli import (
     connect_ray,
     exit_code,
     load_config,
+    node_labels,
     open_run,
     parse_words,
     set_up_logging,
@@ -71,8 +72,10 @@ from raykd.evaluation.sweep_records import (
 from raykd.evaluation.sweep_report import print_table, teacher_line, write_best, write_sweep_report
 from raykd.tracing import METRICS_FILE, quiet_ray, read_metrics
 from raykd.train import run_stage, stop_on_signals
-from raykd.training.distributed import STOP_FILE, off_the_main_thread
-from raykd.training.preflight import check, check_resources, print_summary
+from raykd.training.distributed import STOP_FILE
+from raykd.training.mishaps import off_the_main_thread
+from raykd.training.preflight import check, print_summary
+from raykd.training.resources import check_labels, check_resources
 from raykd.training.search_space import Proposals, check_concurrency, check_sweep, without_sweep
 from raykd.training.stages import resolve
 from raykd.tune_config import TuneConfig
@@ -119,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     start_ray(config)
     cluster = ray.cluster_resources()
     check_resources(without_sweep(config), cluster, with_workers=False)
+    check_labels(config, node_labels())
     check_concurrency(config.tune, corners, cluster)
     teacher = ask_teacher(shared_run(config, folder), folder)
     with stop_on_signals(folder) as received:
@@ -172,7 +176,7 @@ def run_trials(config: Config, folder: Path) -> None:
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # metrics.jsonl has it all
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # whose silence still prints tables
-    sweep = Sweep(config, folder, teacher_environment() | quiet_ray())
+    sweep = Sweep(config, folder, teacher_environment(config.teacher) | quiet_ray())
     logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it misses the result files that are switched off
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(Trial, sweep=sweep), tune.PlacementGroupFactory([{"CPU": DRIVER_CPUS}])),

@@ -3,8 +3,9 @@
 In:  nothing but options; prompts are made up, the teacher and the training step sleep for a set time a batch.
 Out: a table, and bench/pipeline.json.
 
-The stand-in teacher answers with payload of real size (K = 64) from inside an actor pool, as the real one does; the trainer
-is an actor that reads the stream as a train worker does, collates every step and multiplies a matrix or two. Efficiency is
+The teacher is the simulated one (teacher_serving/simulated.py), with payload of real size (K = 64), in its actor pool; the
+trainer is an actor that reads the stream as a train worker does, collates every step and sleeps as a simulated worker does
+(raykd/training/simulated.py). scripts/bench_scale.py has whole runs, and many of both. Efficiency is
 max(t_teacher, t_step) / t_pipeline, times a step, start-up excluded; lock-step would give 0.5 where both take the same time.
 Store memory is what the node's object store reports, sampled while it runs. The driver's share is counted by what it holds:
 references to blocks of descriptors, and their bytes; the stream is executed by an actor of Ray Data, not by the driver.
@@ -27,16 +28,16 @@ import ray
 import torch
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 from ray._private.worker import global_worker
-from ray.data import ActorPoolStrategy, Dataset
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer, Qwen3Config
 
-from raykd.cli import start_ray
+from raykd.cli import start_ray, with_values
 from raykd.config import Config
 from raykd.data.cache import CacheIndex
 from raykd.data.collate import collate_kd_batch
 from raykd.data.sources import PromptSet, prepare_prompts
-from raykd.data.stream import bytes_per_token, example_stream, plan_epoch, teacher_cache
+from raykd.data.stream import build_dataset, bytes_per_token, plan_epoch, teacher_cache
 from raykd.tracing import quiet_ray
+from raykd.training.simulated import sleep_as_if_trained
 
 ROOT = Path(__file__).parents[1]
 TOP_K = 64
@@ -60,43 +61,9 @@ class Measured:
     wait_s: float  # of the trainer, per step
 
 
-class SleepingTeacher:
-    """Takes `seconds` for a batch and answers with payload of real size."""
-
-    def __init__(self, seconds: float, fingerprint: str) -> None:
-        self._seconds, self._fingerprint = seconds, fingerprint
-        rng = np.random.default_rng(0)
-        self._ids = rng.integers(0, 200, ROWS * TOKENS * TOP_K).astype(np.int32)
-        self._logprobs = -np.sort(rng.random(ROWS * TOKENS * TOP_K).astype(np.float16) * 9)
-
-    def __call__(self, rows: pa.Table) -> pa.Table:
-        start, count = time.monotonic(), rows.num_rows
-
-        def lists(values: np.ndarray, length: int) -> pa.ListArray:
-            return pa.ListArray.from_arrays(np.arange(count + 1, dtype=np.int32) * length, values[: count * length])
-
-        made = {
-            "output_ids": lists(self._ids, TOKENS),
-            "topk_ids": lists(self._ids, TOKENS * TOP_K),
-            "topk_logprobs": lists(self._logprobs, TOKENS * TOP_K),
-            "log_tail": lists(np.full(count * TOKENS, -3, np.float32), TOKENS),
-            "sampled_logprob": lists(np.full(count * TOKENS, -1, np.float32), TOKENS),
-            "top_k": pa.repeat(pa.scalar(TOP_K, pa.int32()), count),
-            "finish_reason": pa.repeat("length", count),
-            "teacher_id": pa.repeat("sleeper", count),
-            "teacher_fingerprint": pa.repeat(self._fingerprint, count),
-            "weight_version": pa.repeat("0", count),
-        }
-        for name, column in made.items():
-            rows = rows.set_column(rows.column_names.index(name), name, column)
-        time.sleep(max(0.0, self._seconds - (time.monotonic() - start)))
-        seconds = np.full(count, (time.monotonic() - start) / count, np.float32)
-        return rows.append_column("teacher_seconds", pa.array(seconds))
-
-
 @ray.remote(num_cpus=1)
 class Trainer:
-    """Takes steps of `seconds` on what it is given, as a train worker would."""
+    """Takes steps of about `seconds` on what it is given, as a train worker would."""
 
     def train(self, shard: Any, seconds: float) -> dict[str, Any]:
         """From the stream. Times of steps after the warm-up, and of waiting for them."""
@@ -120,9 +87,7 @@ class Trainer:
             if table is None:
                 break
             batch = collate_kd_batch(table, pad_id=0)
-            weight = torch.ones(64, 64)
-            (batch.topk_logprobs.clamp(min=-9) @ weight).sum()
-            time.sleep(max(0.0, seconds - (time.monotonic() - got)))
+            sleep_as_if_trained([batch], int(batch.attention_mask.sum()) / seconds)
             ends.append(time.monotonic())
             waits.append(got - start)
             steps.append(ends[-1] - got)
@@ -173,7 +138,7 @@ def main() -> None:
 
 def _config(scratch: Path, num_prompts: int, lead: int) -> Config:
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "raykd" / "demo" / "teacher")
-    model = scratch / "model"  # never run: it only lends the stream a tokenizer and a fingerprint
+    model = scratch / "model"  # never run: it only lends the stream a tokenizer and the sizes
     shape: dict[str, Any] = {
         "hidden_size": 16,
         "intermediate_size": 16,
@@ -181,13 +146,22 @@ def _config(scratch: Path, num_prompts: int, lead: int) -> Config:
         "num_attention_heads": 1,
         "head_dim": 16,
     }
-    Qwen3ForCausalLM(
-        Qwen3Config(vocab_size=len(tokenizer), num_key_value_heads=1, max_position_embeddings=1024, **shape)
-    ).save_pretrained(model)
+    Qwen3Config(vocab_size=len(tokenizer), num_key_value_heads=1, max_position_embeddings=1024, **shape).save_pretrained(
+        model
+    )
     tokenizer.save_pretrained(model)
     rows = [{"messages": [{"role": "user", "content": f"What is {i} plus {i % 7}?"}]} for i in range(num_prompts)]
     (scratch / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    teacher = {"kind": "hf", "model": str(model), "top_k": TOP_K, "batch_size": ROWS, "sampling": {"max_tokens": TOKENS}}
+    teacher = {
+        "kind": "simulated",
+        "model": str(model),
+        "top_k": TOP_K,
+        "batch_size": ROWS,
+        "max_num_seqs": ROWS,
+        "concurrent_batches": 2,  # the second waits for the first one's places: no time is lost between them
+        "response_tokens": 1000 * TOKENS,  # all are cut to the same length
+        "sampling": {"max_tokens": TOKENS},
+    }
     return Config.model_validate(
         {
             "run": {"name": "run", "dir": str(scratch)},
@@ -204,17 +178,9 @@ def _run(config: Config, prompt_set: PromptSet, teacher_s: float, step_s: float,
     for file in cache.path.glob("*.parquet"):
         file.unlink()
 
-    def teacher(dataset: Dataset) -> Dataset:
-        return dataset.map_batches(
-            SleepingTeacher,
-            fn_constructor_args=(teacher_s, cache.fingerprint),
-            batch_size=ROWS,
-            batch_format="pyarrow",
-            compute=ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=2),
-            num_cpus=1,
-        )
-
-    (shard,) = example_stream(config, prompt_set, 0, np.empty(0, np.int64), teacher).streaming_split(1, equal=False)
+    rate = ROWS * TOKENS / max(teacher_s, 1e-9)
+    config = with_values(config, {"teacher.tokens_per_s": rate})
+    (shard,) = build_dataset(config, prompt_set, 0, np.empty(0, np.int64)).streaming_split(1, equal=False)
     done = getattr(Trainer.remote(), method).remote(shard, step_s)
     core_worker: Any = global_worker.core_worker  # pyright: ignore[reportAttributeAccessIssue]  (set when Ray starts)
     store_mb, references = 0.0, 0

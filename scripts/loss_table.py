@@ -137,7 +137,7 @@ def changed(config: Config, **sections: Any) -> Config:
 def make_world(config: Config, num_rows: int, num_prompts: int) -> World:
     """Answers of the teacher and rows of the demo world, for training and held out."""
     teacher = connect(config.teacher)
-    tokenizer = AutoTokenizer.from_pretrained(config.teacher.model)
+    tokenizer = AutoTokenizer.from_pretrained(config.teacher.tokenizer_folder)
     wanted = Wanted.by(config, tokenizer)
     curriculum = Curriculum.of(config, student_tokenizer(config.student.tokenizer_folder, config.student.new_tokens))
     assert curriculum is not None, "demo_all has a latent curriculum"

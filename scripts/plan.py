@@ -72,7 +72,7 @@ def overrides(files: list[Path], folder: Path) -> list[str]:
     (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
     config, rows = load_config(files), folder / "rows.jsonl"
     named = {
-        "teacher.model": config.teacher.model,
+        "teacher.model": config.teacher.tokenizer_folder,
         "student.model": config.student.model,
         "student.tokenizer": config.student.tokenizer,
     }

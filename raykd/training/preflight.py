@@ -5,12 +5,12 @@ In: Config, the files it names, the cluster's resources. Out: a `Plan`; ValueErr
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import yaml
 from rich.console import Console, Group
 from rich.panel import Panel
@@ -18,26 +18,31 @@ from rich.syntax import Syntax
 from rich.table import Table
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from raykd.cli import connect_ray, run_folder
 from raykd.config import Config
+from raykd.data.cache import TeacherCache
 from raykd.data.curriculum import latent_ids
 from raykd.data.offline_stream import offline_files
 from raykd.data.prompt_rows import load_tokenizer
 from raykd.data.readers import find_files
 from raykd.losses.intermediate import layer_pairs
-from raykd.student.model import count_parameters, on_meta, student_config
+from raykd.student.model import count_gathered_parameters, count_parameters, on_meta, student_config
 from raykd.student.quantization import Int8Linear, prepare_int8
 from raykd.student.tokenizer import rows_needed
+from raykd.training.flow import flow_panels
 from raykd.training.reference import needs_reference
+from raykd.training.resources import resources_table
 from raykd.training.sizing import (
     StudentSize,
     activation_bytes,
     activations_per_token,
     by_cluster,
+    frozen_bytes,
     head_bytes,
     trained_bytes,
 )
 from raykd.vocabulary import VocabularyMatch, backend_of, compare_vocabularies, student_tokenizer, token_id
-from teacher_serving.connect import resolve_device
+from teacher_serving.connect import contact
 from teacher_serving.identity import (
     describe,
     read_text_config,
@@ -46,6 +51,8 @@ from teacher_serving.identity import (
     vocabulary_size,
 )
 from teacher_serving.types import TeacherInfo
+
+logger = logging.getLogger(__name__)
 
 BYTES_PER_CHECKPOINT_PARAMETER = 12  # float32 weights and two Adam moments
 
@@ -59,22 +66,11 @@ class Plan:
     """What would run, known from files alone."""
 
     teacher: TeacherInfo
-    student: StudentSize
+    student_size: StudentSize
+    student_vocab_size: int
     student_vocabulary: str  # fingerprint, new tokens included
     activations_per_token: int  # values kept for the backward pass of one token, an estimate
-
-
-@dataclass(frozen=True)
-class Resources:
-    """Logical CPUs, or GPUs, that the run reserves."""
-
-    workers: float
-    teachers: float
-    extractors: float
-
-    @property
-    def together(self) -> float:
-        return self.workers + self.teachers + self.extractors
+    teacher_offer: str = ""  # what a teacher that runs elsewhere has said it gives
 
 
 def check(config: Config) -> Plan:
@@ -87,10 +83,12 @@ def check(config: Config) -> Plan:
         path = getattr(config.data, key)
         if path is not None:
             find_files(path, f"data.{key}")
+    if config.teacher.kind in ("served", "several"):
+        connect_ray(config)  # a service may be in the run's own cluster
     teacher = describe(config.teacher)
     architecture = student_config(config.student)
     tokenizer = student_tokenizer(config.student.tokenizer_folder, config.student.new_tokens)
-    match = compare_vocabularies(load_tokenizer(config.teacher.model), tokenizer).require()
+    match = compare_vocabularies(load_tokenizer(config.teacher.tokenizer_folder), tokenizer).require()
     architecture.vocab_size = _check_vocabulary(config, tokenizer, match, architecture.vocab_size)
     _check_end_of_turn(config, tokenizer, match.student_ids(teacher.eos_token_ids).tolist())
     _check_layers(config, architecture.num_hidden_layers)
@@ -103,11 +101,34 @@ def check(config: Config) -> Plan:
         )
     plan = Plan(
         teacher=teacher,
-        student=StudentSize(count_parameters(architecture), architecture.vocab_size, architecture.hidden_size),
+        student_size=StudentSize(
+            count_parameters(architecture),
+            count_gathered_parameters(architecture),
+            architecture.vocab_size,
+            architecture.hidden_size,
+        ),
+        student_vocab_size=architecture.vocab_size,
         student_vocabulary=vocabulary_fingerprint(backend_of(tokenizer)),
         activations_per_token=activations_per_token(config, architecture),
+        teacher_offer=contact_teacher(config, teacher) if config.data.prompts else "",
     )
     return plan
+
+
+def contact_teacher(config: Config, teacher: TeacherInfo) -> str:
+    """Have a teacher that runs elsewhere say what it gives; empty for one that is loaded here.
+
+    Errors: ValueError where it cannot be used, unless an earlier run has left answers: they may be all that is needed.
+    """
+    try:
+        return contact(config.teacher, teacher, scoring=config.data.completions == "recorded")
+    except ValueError as error:
+        folder = config.data.teacher_cache or str(run_folder(config) / "teacher_cache")
+        cache = TeacherCache(folder, teacher.fingerprint)
+        if not cache.index().files:
+            raise
+        logger.warning("%s; going on with its answers in %s", error, cache.path)
+        return f"cannot be asked now; there are answers in {cache.path}"
 
 
 def _max_positions(architecture: PretrainedConfig, default: int) -> int:
@@ -129,7 +150,7 @@ def _check_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase, match:
 
     Returns the rows that the model will have.
     """
-    new_tokens, teacher_tokenizer = config.student.new_tokens, load_tokenizer(config.teacher.model)
+    new_tokens, teacher_tokenizer = config.student.new_tokens, load_tokenizer(config.teacher.tokenizer_folder)
     without_row = [token for token, i in tokenizer.get_vocab().items() if i >= num_rows and token not in new_tokens]
     if without_row:
         raise PreflightError(
@@ -170,9 +191,12 @@ def _check_end_of_turn(config: Config, tokenizer: PreTrainedTokenizerBase, ends:
 
 
 def _check_layers(config: Config, num_student_layers: int) -> None:
-    """The teacher layers that the losses need are shipped. `describe` has checked that they exist."""
+    """The teacher layers that the losses need are among those shipped. `describe` has checked that these exist, the config
+    that there are some where a loss needs any."""
     loss, shipped = config.loss, config.teacher.hidden_layers
-    num_teacher_layers = read_text_config(Path(config.teacher.model))["num_hidden_layers"]
+    if not shipped:
+        return
+    num_teacher_layers = read_text_config(Path(config.teacher.tokenizer_folder))["num_hidden_layers"]
     if "intermediate_layer" in loss.weights:
         layer_pairs(loss.layer_map, num_student_layers, num_teacher_layers, shipped)
     if "kd" in loss.weights and loss.kd_support == "full" and shipped[-1] != num_teacher_layers - 1:
@@ -200,7 +224,7 @@ def _disk(config: Config, plan: Plan) -> tuple[Path, int, int]:
     folder = Path(config.run.dir)
     while not folder.exists():
         folder = folder.parent
-    needed = plan.student.parameters * BYTES_PER_CHECKPOINT_PARAMETER * (config.train.keep_checkpoints + 1)
+    needed = plan.student_size.parameters * BYTES_PER_CHECKPOINT_PARAMETER * (config.train.keep_checkpoints + 1)
     return folder, shutil.disk_usage(folder).free, needed
 
 
@@ -214,40 +238,6 @@ def check_disk(config: Config, plan: Plan) -> None:
         )
 
 
-def reserved(config: Config, *, has_gpu: bool) -> dict[str, Resources]:
-    """CPUs and GPUs that the run reserves at most; `has_gpu`: whether the cluster has any (for device=auto).
-
-    Without prompts there is no teacher.
-    """
-    train, data = config.train, config.data
-    teacher = resolve_device(config.teacher, has_gpu=has_gpu)
-    replicas = (teacher.max_replicas or teacher.num_replicas) if data.prompts else 0
-    kinds = bool(data.prompts) + bool(data.offline)
-    return {
-        "CPU": Resources(
-            workers=train.num_workers * train.cpus_per_worker,
-            teachers=replicas * teacher.num_cpus,
-            extractors=kinds * data.num_extractors * data.extractor_cpus,
-        ),
-        "GPU": Resources(
-            workers=train.num_workers if train.use_gpu else 0, teachers=replicas * teacher.gpus_per_actor, extractors=0
-        ),
-    }
-
-
-def check_resources(config: Config, cluster: Mapping[str, float], *, with_workers: bool = True) -> None:
-    """Compare what is reserved, with train workers or without, with what the cluster has. Errors: PreflightError."""
-    for name, needed in reserved(config, has_gpu=cluster.get("GPU", 0) > 0).items():
-        needed = needed if with_workers else replace(needed, workers=0)
-        available = cluster.get(name, 0.0)
-        if needed.together > available:
-            raise PreflightError(
-                f"the run reserves {needed.together:g} {name}s (workers {needed.workers:g}, teachers {needed.teachers:g}, "
-                f"extractors {needed.extractors:g}), the cluster has {available:g}: lower train.num_workers, "
-                "teacher.num_replicas or what each of them reserves, or add nodes"
-            )
-
-
 def print_summary(
     config: Config, plan: Plan, *, numbers: Mapping[str, int] | None, cluster: Mapping[str, float] | None
 ) -> None:
@@ -258,12 +248,11 @@ def print_summary(
     parts = [
         Panel(Syntax(_yaml(config), "yaml", background_color="default"), title="resolved config"),
         Panel(_arithmetic(config, plan, numbers), title="the run in numbers"),
-        Panel(_resources(config, cluster), title="resources"),
+        Panel(resources_table(config, cluster), title="resources"),
     ]
     if numbers is None:  # only planned
-        reference = plan.student.parameters * torch.float32.itemsize * needs_reference(config)
-        sizes = by_cluster(config, plan.student, plan.activations_per_token, reference)
-        parts.append(Panel(sizes, title="on GPUs"))
+        sizes = by_cluster(config, plan.student_size, plan.activations_per_token, reference=needs_reference(config))
+        parts += [Panel(sizes, title="on GPUs"), *flow_panels(config)]
     Console().print(Group(*parts))
 
 
@@ -294,7 +283,7 @@ def _mixture(config: Config, numbers: Mapping[str, int] | None) -> Iterator[tupl
 
 def _arithmetic(config: Config, plan: Plan, numbers: Mapping[str, int] | None) -> Table:
     train = config.train
-    parameters = plan.student.parameters
+    parameters, size = plan.student_size.parameters, plan.student_size
     table = Table(box=None, show_header=False)
     for name, text in _mixture(config, numbers):
         table.add_row(name, text)
@@ -309,16 +298,16 @@ def _arithmetic(config: Config, plan: Plan, numbers: Mapping[str, int] | None) -
         steps = num_steps(config, num_rows)
         table.add_row("steps", f"{steps:,} = {train.epochs} epochs x {-(-num_rows // train.sequences_per_step):,}")
     table.add_row("losses", ", ".join(f"{weight:g} x {name}" for name, weight in config.loss.weights.items()))
-    table.add_row("student", f"{parameters:,} parameters, {plan.student.vocab_size:,} LM-head rows")
+    table.add_row("student", f"{parameters:,} parameters, {plan.student_vocab_size:,} LM-head rows")
     table.add_row(
         "memory of a worker",
-        f"{_mib(trained_bytes(config, parameters))} weights, gradients and Adam moments"
-        f"{', copies in bfloat16' if train.precision == 'bfloat16' else ''}, about "
-        f"{_mib(activation_bytes(config, plan.activations_per_token))} activations, on a GPU "
-        f"{_mib(head_bytes(config, plan.student))} logits",
+        f"{_mib(trained_bytes(config, size, train.num_workers))} weights, gradients and Adam moments (float32)"
+        f"{' and copies for autocast' if train.precision == 'bfloat16' else ''}, "
+        f"about {_mib(activation_bytes(config, plan.activations_per_token))} activations, "
+        f"{_mib(head_bytes(config, size))} LM head and loss",
     )
     if needs_reference(config):
-        table.add_row("student as it began", f"{_mib(parameters * torch.float32.itemsize)} more on every worker")
+        table.add_row("student as it began", f"{_mib(frozen_bytes(config, size, train.num_workers))} more on every worker")
     folder, free, needed = _disk(config, plan)
     table.add_row(
         "checkpoints",
@@ -329,24 +318,15 @@ def _arithmetic(config: Config, plan: Plan, numbers: Mapping[str, int] | None) -
     if not config.data.prompts:
         table.add_row("teacher", f"none is started; ids and scores of {teacher.teacher_id} are in the files")
         return table
-    table.add_row("teacher", f"{teacher.teacher_id}, fingerprint {teacher.fingerprint}, top-{top_k}")
+    what = f"top-{top_k}" if top_k else "text alone: sequence-level distillation"
+    table.add_row("teacher", f"{teacher.teacher_id}, fingerprint {teacher.fingerprint}, {what}")
+    if plan.teacher_offer:
+        table.add_row("", plan.teacher_offer)
     table.add_row(
         "teacher output",
         f"{token_bytes} bytes a token on the wire; at most {config.data.max_lead_tokens:,} tokens ahead of the trainer "
         f"= {_mib(config.data.max_lead_tokens * token_bytes)}",
     )
-    return table
-
-
-def _resources(config: Config, cluster: Mapping[str, float] | None) -> Table:
-    table = Table(box=None)
-    for column in ("", "train workers", "teachers", "extractors", "together", "cluster has"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, needed in reserved(config, has_gpu=bool(cluster and cluster.get("GPU"))).items():
-        has = "no cluster is running" if cluster is None else f"{cluster.get(name, 0):g}"
-        table.add_row(
-            f"{name}s", f"{needed.workers:g}", f"{needed.teachers:g}", f"{needed.extractors:g}", f"{needed.together:g}", has
-        )
     return table
 
 

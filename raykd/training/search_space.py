@@ -17,7 +17,8 @@ import numpy as np
 from raykd.cli import ConfigError, with_values
 from raykd.config import Config
 from raykd.loss_config import LOSSES
-from raykd.training.preflight import PreflightError, reserved
+from raykd.training.preflight import PreflightError
+from raykd.training.resources import reserved
 from raykd.tune_config import LISTS, Distribution, TuneConfig
 
 Settings = dict[str, Any]

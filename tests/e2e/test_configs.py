@@ -50,7 +50,7 @@ def world(tmp_path_factory, demo_tokenizer) -> Path:
 
 def make_what_is_named(config: Config, world: Path) -> None:
     """Models and rows where the config looks for them and nothing is."""
-    models = (config.teacher.model, config.student.model, config.student.tokenizer_folder)
+    models = (config.teacher.tokenizer_folder, config.student.model, config.student.tokenizer_folder)
     rows = (config.data.prompts, config.data.held_out, *(file.path for file in config.data.offline))
     for path in (Path(name) for name in (*models, *rows) if name is not None):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,8 +10,10 @@ import pytest
 
 from raykd.cli import load_config
 from raykd.config import Config
-from raykd.training.preflight import check, check_disk, check_resources, num_steps, print_summary
+from raykd.training.preflight import check, check_disk, num_steps, print_summary
+from raykd.training.resources import check_resources
 from raykd.vocabulary import compare_vocabularies, student_tokenizer
+from tests.completion_server import completion_server
 
 
 @pytest.fixture
@@ -33,9 +35,39 @@ def configured(base: list[str], *overrides: str) -> Config:
 
 def test_a_run_that_can_work_passes_and_is_counted(base: list[str]):
     plan = check(configured(base))
-    assert plan.teacher.vocab_size == plan.student.vocab_size
-    assert plan.student.parameters > 0
+    assert plan.teacher.vocab_size == plan.student_vocab_size
+    assert plan.student_size.parameters > 0
     check_resources(configured(base), {"CPU": 8})
+
+
+def test_what_a_teacher_behind_an_api_gives_is_in_the_summary_before_anything_starts(
+    base: list[str], tiny_model_path: Path, capsys, monkeypatch
+):
+    monkeypatch.setattr("teacher_serving.http_calls.BACKOFF_S", 0.0)
+    with completion_server() as server:
+        teacher = {"kind": "http", "address": server.address, "model": "tiny", "tokenizer": str(tiny_model_path), "top_k": 8}
+        options = [option for option in base if not option.startswith("teacher.")]
+
+        def configured(*overrides: str, **changes) -> Config:
+            return load_config([], [*options, f"teacher={json.dumps({**teacher, **changes})}", *overrides])
+
+        def summary(config: Config) -> str:
+            print_summary(config, check(config), numbers=None, cluster=None)
+            return " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+        config = configured()
+        assert check(config).teacher.max_model_len == 64  # as the server says
+        assert f"tiny at {server.address} gives top-3 of the 8 asked for" in summary(config)
+        assert "text alone: sequence-level distillation" in summary(configured("loss={kd: 0, ce_teacher: 1}", top_k=0))
+        with pytest.raises(ValueError, match=r"loss.kd=1 and teacher.top_k=0: .*loss.kd=0, loss.ce_teacher above 0"):
+            configured(top_k=0)
+        with pytest.raises(ValueError, match=r"ce_teacher_target=argmax and teacher.top_k=0"):
+            configured("loss={kd: 0, ce_teacher: 1, ce_teacher_target: argmax}", top_k=0)
+        with pytest.raises(ValueError, match=r"does not score given text .*data.completions=teacher"):
+            check(configured("data.completions=recorded"))
+        check_resources(config, {"CPU": 2})
+    with pytest.raises(ValueError, match="does not answer: .*start the server, or set teacher.address"):
+        check(configured(max_model_len=64))
 
 
 def test_other_vocabularies_are_refused_with_the_numbers(base: list[str], tiny_model_path: Path, tmp_path: Path):
@@ -46,7 +78,7 @@ def test_other_vocabularies_are_refused_with_the_numbers(base: list[str], tiny_m
     vocabulary["strange"] = vocabulary.pop(list(vocabulary)[-1])
     tokenizer["model"]["merges"].pop()
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    number = check(configured(base)).student.vocab_size
+    number = check(configured(base)).student_vocab_size
     words = rf"have different vocabularies: {number} and {number} tokens, {number - 1} of the teacher's are.*lacks 1 tokens"
     with pytest.raises(ValueError, match=words):
         check(configured(base, f"student.model={other}"))
@@ -58,9 +90,9 @@ STAGES = ["latent.stages=[{steps: 1, slots: 2, probability: 1}]", "loss.ce_teach
 
 def test_a_student_may_have_more_tokens_than_its_teacher_and_gets_rows_for_them(base: list[str], tmp_path: Path):
     plain, more = check(configured(base)), check(configured(base, SENTINELS))
-    assert more.student.vocab_size == -(-(plain.student.vocab_size + 3) // 64) * 64
-    new_rows = more.student.vocab_size - plain.student.vocab_size
-    assert more.student.parameters == plain.student.parameters + 64 * new_rows
+    assert more.student_vocab_size == -(-(plain.student_vocab_size + 3) // 64) * 64
+    new_rows = more.student_vocab_size - plain.student_vocab_size
+    assert more.student_size.parameters == plain.student_size.parameters + 64 * new_rows
     full = ["loss.kd_support=full", "teacher.hidden_layers=[1]"]
     check(configured(base, SENTINELS, *full))
     check(configured(base, *full, "loss.kd_divergence=reverse_kl"))
@@ -192,7 +224,7 @@ def test_a_k_larger_than_the_vocabulary_is_refused_though_the_head_has_padding_r
     models = [f"teacher.model={padded}", f"student.model={padded}", "student.random_weights=true"]
     with pytest.raises(ValueError, match="top_k=100 is more than the vocabulary's 64 tokens"):
         check(configured(base, *models, "teacher.top_k=100"))
-    assert check(configured(base, *models, "teacher.top_k=64")).student.vocab_size == 128
+    assert check(configured(base, *models, "teacher.top_k=64")).student_vocab_size == 128
     with pytest.raises(ValueError, match="top_k=200 is larger than the vocabulary of .*: 128 tokens"):
         check(configured(base, *models, "teacher.top_k=200"))
 
@@ -200,6 +232,9 @@ def test_a_k_larger_than_the_vocabulary_is_refused_though_the_head_has_padding_r
 def test_more_than_the_cluster_has_is_refused_with_the_arithmetic(base: list[str]):
     with pytest.raises(ValueError, match="reserves 7.25 CPUs .* the cluster has 4"):
         check_resources(configured(base, "train.num_workers=6"), {"CPU": 4})
+    with pytest.raises(ValueError, match=r"reserves 4.25 CPUs \(workers 3,.* the cluster has 4"):
+        check_resources(configured(base, "train.num_workers=6", "train.min_workers=3"), {"CPU": 4})
+    check_resources(configured(base, "train.num_workers=6", "train.min_workers=2"), {"CPU": 4})
     with pytest.raises(ValueError, match="reserves 2 GPUs .* the cluster has 0"):
         check_resources(configured(base, "train.num_workers=2", "train.use_gpu=true"), {"CPU": 64})
     with pytest.raises(ValueError, match="reserves 4 GPUs .*teachers 4.* the cluster has 1"):

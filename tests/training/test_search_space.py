@@ -119,6 +119,14 @@ def test_options_that_need_one_another_are_judged_together(student_path):
     assert len(check_sweep(config)) == 5
 
 
+def test_trials_may_share_a_served_teacher(student_path):
+    served = {"kind": "served", "app": "teacher", "tokenizer": str(student_path), "api_key_env": None}
+    own = sweep(student_path, {"loss.kd": {"uniform": [0.1, 1]}})
+    config = Config.model_validate({**own.model_dump(), "teacher": served})
+    assert {corner.teacher.kind for corner in check_sweep(config)} == {"served"}
+    assert all(corner.teacher == config.teacher for corner in check_sweep(config))
+
+
 def test_a_metric_that_no_run_reports_is_refused(student_path):
     space = {"train.learning_rate": {"loguniform": [1e-4, 1e-2]}}
     with pytest.raises(
