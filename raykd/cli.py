@@ -9,9 +9,12 @@ import argparse
 import copy
 import logging
 import os
+import re
+import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import ray
@@ -20,6 +23,7 @@ from pydantic import ValidationError
 
 from raykd.config import Config, RunConfig
 from raykd.config_errors import explain, origin_of
+from teacher_serving.yaml_config import ConfigError, flatten, merge, merge_overrides, nested, read_files
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +37,7 @@ PATH_KEYS = (
     "student.model",
     "student.tokenizer",
     "teacher.model",
+    "teacher.tokenizer",
 )
 """Options that name files. Workers run in other folders, so relative paths that exist are made absolute once, here."""
 
@@ -52,7 +57,17 @@ CHANGEABLE_ON_RESUME = (
     "train.keep_checkpoints",
     "train.max_failures",
     "train.max_skipped_steps",
+    "train.parallel_strategy",
     "teacher.num_replicas",
+    "teacher.budget.",
+    "teacher.max_retries",
+    "teacher.request_timeout_s",
+    "teacher.address",
+    "teacher.app",
+    "teacher.api_key_env",
+    "teacher.connections",
+    "teacher.requests_per_s",
+    "teacher.tokens_per_s",
     "tune.num_trials",
     "tune.max_",
 )
@@ -60,10 +75,6 @@ CHANGEABLE_ON_RESUME = (
 
 CONFIG_FILE = "config.yaml"
 """The resolved config, in the run folder."""
-
-
-class ConfigError(ValueError):
-    """The configuration cannot be used: found, expected, what to change."""
 
 
 class Words(NamedTuple):
@@ -80,7 +91,10 @@ def parse(argv: Sequence[str] | None, description: str, *flags: str) -> tuple[Co
     the file, the dotted path and the nearest valid name.
     """
     words, args = parse_words(argv, description, *flags)
-    return without_tune(load_config(*words)), args
+    config = without_tune(load_config(*words))
+    if config.simulate is not None:
+        raise ConfigError(f"simulate={config.simulate}: stand-ins are for raykd.train alone; leave it out (simulate=null)")
+    return config, args
 
 
 def without_tune(config: Config) -> Config:
@@ -91,9 +105,9 @@ def without_tune(config: Config) -> Config:
 
 
 def parse_words(
-    argv: Sequence[str] | None, description: str, *flags: str, steps: bool = False
+    argv: Sequence[str] | None, description: str, *flags: str, short: Mapping[str, str] = MappingProxyType({})
 ) -> tuple[Words, argparse.Namespace]:
-    """What stands on the command line, unread. With `steps`, `--steps N` is short for train.max_steps=N."""
+    """What stands on the command line, unread. `short`: the config option that `--option VALUE` is short for."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--config",
@@ -104,8 +118,8 @@ def parse_words(
     )
     for flag in flags:
         parser.add_argument(flag, action="store_true")
-    if steps:
-        parser.add_argument("--steps", type=int, metavar="N", help="the same as train.max_steps=N")
+    for option, path in short.items():
+        parser.add_argument(option, metavar="VALUE", help=f"the same as {path}=VALUE")
     args, rest = parser.parse_known_args(argv)
     unknown = [word for word in rest if "=" not in word or word.startswith("-")]
     if unknown:
@@ -113,8 +127,8 @@ def parse_words(
     words = [*args.config, *rest]
     files = [word for word in words if "=" not in word]
     overrides = [word for word in words if "=" in word]
-    if steps and args.steps is not None:
-        overrides.append(f"train.max_steps={args.steps}")
+    given = {path: getattr(args, option.removeprefix("--")) for option, path in short.items()}
+    overrides += [f"{path}={value}" for path, value in given.items() if value is not None]
     return Words(files, overrides), args
 
 
@@ -132,13 +146,9 @@ def load_configs(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> 
     `pipeline` is a list of what each stage has on top of the rest of the files. A stage's run is called
     `<run.name>-<stage>`, and all but the first go on from the run before, unless they say otherwise. Errors: ConfigError.
     """
-    merged: dict[str, Any] = {}
-    origins: dict[str, str] = {}  # dotted path -> file that set it last
-    for file in files:
-        for name, content in _with_included(Path(file)):
-            _merge(merged, content, origins, name)
+    merged, origins = read_files(files)
     stages = merged.pop("pipeline", None)
-    _merge_overrides(merged, overrides, origins)
+    merge_overrides(merged, overrides, origins)
     if stages is None:
         return [_validated(merged, origins)]
     if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
@@ -148,9 +158,9 @@ def load_configs(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> 
         own, own_origins = copy.deepcopy(merged), dict(origins)
         name = f"{merged.get('run', {}).get('name', RunConfig().name)}-{stage.get('stage', 'kd')}"
         before = {"init": {"from": str(run_folder(configs[-1])), "mode": "stage"}} if configs else {}
-        _merge(own, {"run": {"name": name}} | before, own_origins, "pipeline")
-        _merge(own, stage, own_origins, f"{origin_of('pipeline', origins)}, stage {number} of the pipeline")
-        _merge_overrides(own, [word for word in overrides if not word.startswith(OF_THE_FIRST_STAGE)], own_origins)
+        merge(own, {"run": {"name": name}} | before, own_origins, "pipeline")
+        merge(own, stage, own_origins, f"{origin_of('pipeline', origins)}, stage {number} of the pipeline")
+        merge_overrides(own, [word for word in overrides if not word.startswith(OF_THE_FIRST_STAGE)], own_origins)
         configs.append(_validated(own, own_origins))
     names = [config.run.name for config in configs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -162,22 +172,8 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
     """The config with other values at some dotted paths, validated anew. Errors: ConfigError."""
     merged = config.model_dump()
     for path, value in values.items():
-        for part in reversed(path.split(".")):
-            value = {part: value}
-        _merge(merged, value, {}, "")
+        merge(merged, nested(path, value), {}, "")
     return _validated(merged, {})
-
-
-def _merge_overrides(merged: dict[str, Any], overrides: Sequence[str], origins: dict[str, str]) -> None:
-    for override in overrides:
-        key, _, text = override.partition("=")
-        try:
-            value: Any = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"command line: {override!r}: the value is not YAML: {error}") from error
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        _merge(merged, value, origins, "command line")
 
 
 def _validated(merged: dict[str, Any], origins: dict[str, str]) -> Config:
@@ -188,73 +184,11 @@ def _validated(merged: dict[str, Any], origins: dict[str, str]) -> Config:
     return _with_absolute_paths(config)
 
 
-def _with_included(file: Path, within: tuple[Path, ...] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What a file includes (`include: [demo.yaml]`, paths relative to its own), in order, and then its own content."""
-    if file.resolve() in within:
-        raise ConfigError(f"{file}: includes itself, by way of {' -> '.join(path.name for path in within)}")
-    content = _read_yaml(file)
-    included = content.pop("include", [])
-    if not isinstance(included, list):
-        raise ConfigError(f"{file}: include is a {type(included).__name__}, expected a list of files")
-    for name in included:
-        yield from _with_included(file.parent / str(name), (*within, file.resolve()))
-    yield str(file), content
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise ConfigError(f"--config: found no file {str(file)!r}; overrides have the form key=value")
-    try:
-        content = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not YAML: {error}") from error
-    except OSError as error:
-        raise ConfigError(f"--config: {file} cannot be read: {error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file}: found a {type(content).__name__} at the top, expected sections such as `train:`")
-    return content
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Safe YAML that refuses a key twice in one mapping; YAML itself silently forgets the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise yaml.MarkedYAMLError("found twice in one section", node.start_mark, f"{twice[0]!r}: write it once")
-        return super().construct_mapping(node, deep)
-
-
-def _merge(target: dict[str, Any], source: Mapping[str, Any], origins: dict[str, str], origin: str, path: str = "") -> None:
-    for key, value in source.items():
-        dotted = f"{path}{key}"
-        if isinstance(value, Mapping) and isinstance(target.get(key), dict):
-            _merge(target[key], value, origins, origin, dotted + ".")
-            continue
-        target[key] = value
-        origins[dotted] = origin
-        for inner, _ in _flatten(value, dotted + "."):
-            origins[inner] = origin
-
-
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted path and value of everything in nested mappings, the mappings themselves left out."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            if isinstance(inner, Mapping):
-                yield from _flatten(inner, f"{prefix}{key}.")
-            else:
-                yield f"{prefix}{key}", inner
-
-
 def _with_absolute_paths(config: Config) -> Config:
     values = config.model_dump()
     for key in PATH_KEYS:
         section, name = key.split(".")
-        value = values[section].get(name)
+        value = values[section].get(name) if key != "teacher.model" or values[section]["kind"] != "http" else None
         if value is not None and (key in WRITTEN or Path(value).exists()):
             values[section][name] = str(Path(value).absolute())
     for file in values["data"]["offline"]:
@@ -271,24 +205,32 @@ def run_folder(config: Config) -> Path:
 def open_run(config: Config, *, resume: bool = False) -> Path:
     """Make the run folder and save the resolved config in it, or continue in an existing one.
 
-    Errors: ConfigError when the folder holds a run and `resume` is off, when there is nothing to resume, or when the
-    run was started with other options that change what is learned.
+    Errors: those of `check_run_folder`.
     """
+    check_run_folder(config, resume=resume)
     folder = run_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
     saved = folder / CONFIG_FILE
-    if not resume:
-        if saved.exists():
-            raise ConfigError(
-                f"{folder} already holds a run: continue it with --resume, or choose another run.name, or remove the folder"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-    else:
-        check_same_run(config)
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     temporary = saved.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, saved)
     return folder
+
+
+def check_run_folder(config: Config, *, resume: bool) -> None:
+    """The run can begin in its folder, or go on there.
+
+    Errors: ConfigError when the folder holds a run and `resume` is off, when there is nothing to resume, or when the
+    run was started with other options that change what is learned.
+    """
+    folder = run_folder(config)
+    if resume:
+        check_same_run(config)
+    elif (folder / CONFIG_FILE).exists():
+        raise ConfigError(
+            f"{folder} already holds a run: continue it with --resume, or choose another run.name, or remove the folder"
+        )
 
 
 def check_same_run(config: Config) -> None:
@@ -304,9 +246,11 @@ def check_same_run(config: Config) -> None:
 
 
 def _differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    before, after = dict(_flatten(old.model_dump())), dict(_flatten(new.model_dump()))
+    before, after = dict(flatten(old.model_dump())), dict(flatten(new.model_dump()))
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-    return {key: (before.get(key), after.get(key)) for key in keys if not key.startswith(CHANGEABLE_ON_RESUME)}
+    # teacher.teachers.NAME.address is for one of several teachers what teacher.address is for one alone
+    general = {key: re.sub(r"^teacher\.teachers\.[^.]+", "teacher", key) for key in keys}
+    return {key: (before.get(key), after.get(key)) for key in keys if not general[key].startswith(CHANGEABLE_ON_RESUME)}
 
 
 def connect_ray(config: Config) -> bool:
@@ -316,13 +260,29 @@ def connect_ray(config: Config) -> bool:
     """
     if ray.is_initialized():
         return True
+    address = config.ray.address or os.environ.get("RAY_ADDRESS")
     try:
-        ray.init(address=config.ray.address or "auto", logging_level=logging.WARNING)
+        if address is not None:
+            _check_answers(address)
+        ray.init(address=address or "auto", logging_level=logging.WARNING)
     except ConnectionError as error:
-        if address := config.ray.address or os.environ.get("RAY_ADDRESS"):
-            raise ConfigError(f"no Ray cluster answers at {address!r}: start one or leave ray.address empty") from error
+        if address is not None:
+            raise ConfigError(
+                f"no Ray cluster answers at {address!r} ({error}): start one, or leave out ray.address and RAY_ADDRESS"
+            ) from error
         return False
     return True
+
+
+def _check_answers(address: str) -> None:
+    """Somebody listens at host:port; Ray itself would try for a quarter of an hour. Errors: ConnectionError."""
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConnectionError(str(error)) from error
 
 
 def start_ray(config: Config) -> None:
@@ -334,6 +294,11 @@ def start_ray(config: Config) -> None:
             include_dashboard=config.ray.dashboard,
             logging_level=logging.WARNING,
         )
+
+
+def node_labels() -> list[dict[str, str]]:
+    """The labels of every node of the cluster."""
+    return [node["Labels"] for node in ray.nodes() if node["Alive"]]
 
 
 def set_up_logging() -> None:

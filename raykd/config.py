@@ -10,6 +10,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from raykd.cluster_config import RatesConfig, RayConfig, Simulated
 from raykd.loss_config import PROCESS_LOSSES, Fraction, LossConfig, Section
 from raykd.sample_config import CodeModeConfig, HaltConfig, LatentConfig, RolloutConfig
 from raykd.stage_config import InitConfig, QuantizationConfig, StageName
@@ -130,6 +131,8 @@ class StudentConfig(Section):
     all), such as {"<bot>": "start of thought"}. They are special, but for the envelopes of calls (<tool_call>,
     </tool_call>, <tool_response>, </tool_response>). Texts are split into the teacher's tokens: a new one is learnt where
     `latent.stages`, or offline rows in the student's ids (raykd/data/offline_files.py), write it."""
+    stand_in: bool = False
+    """Random weights of hardly any width in the place of the model's; vocabulary, positions and number of layers stay."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of transformers."""
 
@@ -151,10 +154,19 @@ class TrainConfig(Section):
     """Stop after this many optimizer steps, also in the middle of an epoch. None: all epochs."""
     num_workers: int = Field(default=1, ge=1)
     """Data-parallel train workers."""
+    min_workers: int | None = Field(default=None, ge=1)
+    """Elastic: where a node goes the run goes on with the workers that still find room, at least so many, and grows again up
+    to num_workers when nodes come; each time from the newest checkpoint. None: always num_workers."""
     use_gpu: bool = False
     """One GPU per worker (nccl) instead of CPUs (gloo)."""
+    parallel_strategy: Literal["ddp", "fsdp"] = "ddp"
+    """What each worker holds of the student. ddp: all of it. fsdp: its share of weights, gradients and Adam moments (FSDP2),
+    for a student that does not fit one GPU; layers are gathered as they are needed, at the cost of communication. No effect
+    on the result."""
     cpus_per_worker: float = Field(default=1.0, gt=0)
     """Logical CPUs reserved per worker."""
+    node_labels: dict[str, str] | None = None
+    """Labels of the nodes that workers run on: {pool: trainer} is `ray start --labels pool=trainer`. None: any node."""
     threads_per_worker: int = Field(default=1, ge=1)
     """torch threads of a worker."""
     sequences_per_step: int = Field(default=32, ge=1)
@@ -224,19 +236,6 @@ class TrackingConfig(Section):
     """Weights & Biases project; None: off. Without an account set WANDB_MODE=offline."""
 
 
-class RayConfig(Section):
-    """The cluster. Inside `ray job submit` and next to a running head node nothing needs to be set."""
-
-    address: str | None = None
-    """Address of a running cluster; None: RAY_ADDRESS, else a local Ray is started."""
-    num_cpus: int | None = Field(default=None, ge=1)
-    """Logical CPUs of a local Ray; None: the machine's, at least 8 (they are bookkeeping, not pinning)."""
-    object_store_bytes: int | None = Field(default=None, ge=80_000_000)
-    """Object store of a local Ray; None: Ray's default."""
-    dashboard: bool = True
-    """Start the dashboard with a local Ray."""
-
-
 class Config(Section):
     """The whole run."""
 
@@ -258,8 +257,16 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     tracking: TrackingConfig = TrackingConfig()
     ray: RayConfig = RayConfig()
+    simulate: Simulated | None = None
+    """Put timed stand-ins in the place of models, so that the run's data path runs on any machine: the teacher, the step, or
+    both (raykd/training/simulated.py). None: the run is real."""
+    rates: RatesConfig = RatesConfig()
     tune: TuneConfig | None = None
     """A sweep over options of this run; for raykd.tune alone."""
+
+    def simulates(self, part: Simulated) -> bool:
+        """Whether a stand-in takes the place of this part."""
+        return self.simulate in (part, "both")
 
     @model_validator(mode="after")
     def _check_stage(self) -> Self:
@@ -287,8 +294,48 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_fsdp(self) -> Self:
+        workers, latent, smoothing = self.train.num_workers, self.latent, self.quantization.smoothing
+        refused = {
+            f"train.num_workers={workers}: there is nobody to share the student with": workers == 1,
+            "latent.mode=continuous: workers would make different numbers of passes": latent.mode == "continuous",
+            f"quantization.smoothing={smoothing:g}: weights are folded in whole, which no worker has": smoothing > 0,
+        }
+        if found := [what for what, is_so in refused.items() if is_so and self.train.parallel_strategy == "fsdp"]:
+            raise ValueError(f"train.parallel_strategy=fsdp with {found[0]}; change that, or set parallel_strategy=ddp")
+        return self
+
+    @model_validator(mode="after")
+    def _check_teacher(self) -> Self:
+        losses, loss = self.loss.weights, self.loss
+        full = "kd" in losses and loss.kd_support == "full"
+        argmax = "ce_teacher" in losses and loss.ce_teacher_target == "argmax"
+        needs_scores = {f"loss.kd={loss.kd:g}": "kd" in losses and not full, "loss.ce_teacher_target=argmax": argmax}
+        needs_states = {
+            f"loss.intermediate_layer={loss.intermediate_layer:g}": "intermediate_layer" in losses,
+            "loss.kd_support=full": full,
+        }
+        for name, needed in needs_scores.items():
+            if needed and not self.teacher.top_k and not self.data.offline:
+                raise ValueError(
+                    f"{name} and teacher.top_k=0: the teacher gives its text alone, no log-probabilities; learn the text "
+                    "(loss.kd=0, loss.ce_teacher above 0: sequence-level distillation), or set top_k above 0"
+                )
+        for name, needed in needs_states.items():
+            if needed and not self.teacher.hidden_layers:
+                raise ValueError(
+                    f"{name} with teacher.hidden_layers=[]: the loss compares with hidden states that the teacher does not "
+                    "ship; name its layers in teacher.hidden_layers (full needs the last one), or those of the offline rows"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check(self) -> Self:
         losses, data = self.loss.weights, self.data
+        if self.simulates("teacher") and not data.prompts:
+            raise ValueError(
+                f"simulate={self.simulate} without data.prompts: no teacher is asked; set simulate=step, or name prompts"
+            )
         sampled_ce = "ce_teacher" in losses and self.loss.ce_teacher_target == "sampled"
         if "ce_truth" in losses and data.completions == "teacher" and not data.offline:
             raise ValueError(
@@ -300,16 +347,6 @@ class Config(Section):
                 f"loss.ce_teacher={losses['ce_teacher']} with data.completions=recorded: the teacher writes nothing; use "
                 "loss.ce_truth, or loss.ce_teacher_target=argmax"
             )
-        needs_states = {
-            f"loss.intermediate_layer={self.loss.intermediate_layer:g}": "intermediate_layer" in losses,
-            "loss.kd_support=full": "kd" in losses and self.loss.kd_support == "full",
-        }
-        for name, needed in needs_states.items():
-            if needed and not self.teacher.hidden_layers:
-                raise ValueError(
-                    f"{name} with teacher.hidden_layers=[]: the loss compares with hidden states that the teacher does not "
-                    "ship; name its layers in teacher.hidden_layers (full needs the last one), or those of the offline rows"
-                )
         if "policy_gradient" in losses and not self.rollouts.prompts_per_step:
             raise ValueError(
                 f"loss.policy_gradient={losses['policy_gradient']} with rollouts.prompts_per_step=0: there is nothing to "
@@ -342,6 +379,11 @@ class Config(Section):
             raise ValueError(
                 f"train.sequences_per_step={self.train.sequences_per_step} is below train.num_workers="
                 f"{self.train.num_workers}: every worker needs at least one sequence per step"
+            )
+        if self.train.min_workers is not None and self.train.min_workers >= self.train.num_workers:
+            raise ValueError(
+                f"train.min_workers={self.train.min_workers} with train.num_workers={self.train.num_workers}: an elastic "
+                "run has between min_workers and num_workers of them; set fewer, or leave min_workers out"
             )
         if self.data.max_lead_tokens < self.train.sequences_per_step:
             raise ValueError(

@@ -304,7 +304,7 @@ def _sequences(source: Source) -> list[np.ndarray]:
     config = source.config
     if config is not None and config.data.prompts and config.data.held_out and Path(config.data.held_out).exists():
         prompts = load_judged_prompts(config, describe(config.teacher)).table().slice(0, CHECKED_SEQUENCES)
-        match = compare_vocabularies(AutoTokenizer.from_pretrained(config.teacher.model), tokenizer).require()
+        match = compare_vocabularies(AutoTokenizer.from_pretrained(config.teacher.tokenizer_folder), tokenizer).require()
         rows = [row.values.to_numpy() for row in remap_ids(prompts.select(["uid", "prompt_ids"]), match)["prompt_ids"]]
         return [row[:longest] for row in rows if len(row) > 1]
     text = "".join(file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py")))

@@ -4,7 +4,8 @@ In:  the config, and the prompts, offline files and folders of teacher and stude
      the stage before (raykd/training/stages.py).
 Out: `<run.dir>/<run.name>/` with checkpoints, metrics, the teacher's cached output and manifest.json.
 
---plan prints what would run and starts nothing. --resume goes on from the newest checkpoint of the run. A file with a
+--plan prints what would run and starts nothing. --resume goes on from the newest checkpoint of the run. --simulate teacher,
+step or both puts timed stand-ins in the place of models (raykd/training/simulated.py). A file with a
 `pipeline` (configs/pipeline.yaml) is several stages, run one after the other; started again, it goes on where it stopped.
 Exit code: 0 done, 1 something the user can mend, 130 or 143 stopped by SIGINT or SIGTERM after a checkpoint.
 """
@@ -23,10 +24,12 @@ import ray
 
 from raykd.cli import (
     CONFIG_FILE,
+    check_run_folder,
     check_same_run,
     connect_ray,
     exit_code,
     load_configs,
+    node_labels,
     open_run,
     parse_words,
     run_folder,
@@ -39,17 +42,21 @@ from raykd.data.sources import prepare_prompts
 from raykd.tracing import ProgressDisplay, quiet_ray
 from raykd.training.checkpoint import STUDENT, CheckpointError, latest_checkpoint, read_state, verify
 from raykd.training.distributed import STOP_FILE, RunRows, train_epoch
-from raykd.training.preflight import Plan, check, check_disk, check_resources, num_steps, print_summary
+from raykd.training.preflight import Plan, check, check_disk, num_steps, print_summary
+from raykd.training.resources import check_labels, check_resources
+from raykd.training.simulated import with_stand_ins
 from raykd.training.stages import begin_manifest, finish_manifest, read_manifest, resolve
 from teacher_serving.identity import vocabulary_fingerprint
+
+SHORT = {"--steps": "train.max_steps", "--simulate": "simulate"}
 
 logger = logging.getLogger("raykd.train")  # started with -m, __name__ is __main__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. Errors: ValueError for what the user can mend."""
-    words, args = parse_words(argv, __doc__ or "", "--plan", "--resume", steps=True)
-    configs = [without_tune(config) for config in load_configs(*words)]
+    words, args = parse_words(argv, __doc__ or "", "--plan", "--resume", short=SHORT)
+    configs = [with_stand_ins(without_tune(config)) for config in load_configs(*words)]
     if args.plan:
         for config in configs:
             plan_run(as_planned(config, configs))
@@ -93,6 +100,7 @@ def plan_run(config: Config) -> None:
     print_summary(config, plan, numbers=None, cluster=cluster)
     if cluster is not None:
         check_resources(config, cluster)
+        check_labels(config, node_labels())
 
 
 def run_stage(given: Config, *, resume: bool) -> int:
@@ -100,12 +108,14 @@ def run_stage(given: Config, *, resume: bool) -> int:
     config, parent = resolve(given)
     plan = check(config)
     check_disk(config, plan)
-    folder = open_run(config, resume=resume)
-    first_epoch = _check_checkpoint(folder, plan)
+    check_run_folder(config, resume=resume)
+    first_epoch = _check_checkpoint(run_folder(config), plan)
     quiet_ray()
     start_ray(config)
     cluster = ray.cluster_resources()
     check_resources(config, cluster)
+    check_labels(config, node_labels())
+    folder = open_run(config, resume=resume)  # not before: a run that cannot start leaves none behind
     prompts = prepare_prompts(config, folder) if config.data.prompts else None
     rows = RunRows(prompts, prepare_offline(config, folder, prompts) if config.data.offline else None)
     teacher, vocabulary = plan.teacher.fingerprint, plan.student_vocabulary

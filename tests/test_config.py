@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import re
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 from pydantic import BaseModel
 
-from raykd.cli import ConfigError, load_config, load_configs, open_run, parse, parse_words
+from raykd.cli import ConfigError, connect_ray, load_config, load_configs, open_run, parse, parse_words
 from raykd.config import Config
 from raykd.config_errors import members
 from raykd.loss_config import LOSSES
@@ -41,7 +43,7 @@ def test_files_merge_deeply_and_overrides_win(tmp_path: Path, minimal: str):
     config = load_config([minimal, second], ["train.learning_rate=3e-3", "loss.tool_name=0.5"])
     assert (config.train.epochs, config.train.betas, config.train.learning_rate) == (2, (0.8, 0.9), 3e-3)
     assert config.loss.weights == {"kd": 2.0, "tool_name": 0.5}
-    assert config.teacher.model == "teacher"
+    assert config.teacher.tokenizer_folder == "teacher"
 
 
 def test_config_files_and_overrides_share_one_option(minimal: str):
@@ -84,6 +86,7 @@ def test_the_resolved_config_is_itself_a_valid_config(tmp_path: Path, minimal: s
         ("loss={kd_entropy: token, kd: 0, ce_teacher: 1}", ["loss.kd_entropy=token", "loss.kd=0"]),
         ("loss={kd_entropy: run, kd_support: full}", ["loss.kd_entropy=run", "loss.kd_support=full"]),
         ("train.num_workers=64", ["train.sequences_per_step=32", "train.num_workers=64"]),
+        ("train={num_workers: 2, min_workers: 2}", ["train.min_workers=2", "train.num_workers=2", "leave min_workers out"]),
         ("teacher.kind=oracle", ["teacher", "oracle"]),
     ],
 )
@@ -187,6 +190,20 @@ def test_resuming_a_run_that_never_started_is_refused(minimal: str):
         open_run(load_config([minimal]), resume=True)
 
 
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}"])
+def test_a_cluster_that_does_not_answer_is_one_sentence_at_once(minimal: str, form: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with socket.socket() as deaf:  # has a port and does not listen
+        deaf.bind(("127.0.0.1", 0))
+        address = form.format(deaf.getsockname()[1])
+        expected = f"no Ray cluster answers at '{address}' .*refused.*: start one, or leave out ray.address and RAY_ADDRESS"
+        with pytest.raises(ConfigError, match=expected):
+            connect_ray(load_config([minimal], [f"ray.address={address}"]))
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(ConfigError, match=expected):
+            connect_ray(load_config([minimal]))
+
+
 def test_every_option_is_documented_and_only_config_has_defaults():
     def walk(model: type[BaseModel], path: str) -> None:
         for name, field in model.model_fields.items():
@@ -236,7 +253,7 @@ def test_a_file_includes_others_relative_to_itself(tmp_path: Path, minimal: str)
     (tmp_path / "more").mkdir()
     first = write(tmp_path / "more" / "first.yaml", {"include": ["../minimal.yaml"], "train": {"epochs": 2}})
     config = load_config([write(tmp_path / "b.yaml", {"include": ["more/first.yaml"], "run": {"seed": 5}})])
-    assert (config.train.epochs, config.run.seed, config.teacher.model) == (2, 5, "teacher")
+    assert (config.train.epochs, config.run.seed, config.teacher.tokenizer_folder) == (2, 5, "teacher")
     with pytest.raises(ConfigError, match="includes itself"):
         load_config([write(Path(first), {"include": ["first.yaml"]})])
     with pytest.raises(ConfigError, match="expected a list of files"):
@@ -250,9 +267,21 @@ def test_init_from_is_written_as_it_is_read(tmp_path: Path, minimal: str):
         load_config([minimal], ["init.form=somewhere"])
 
 
-def test_steps_is_short_for_max_steps(minimal: str):
-    words, _ = parse_words(["--config", minimal, "--steps", "7"], "test", steps=True)
-    assert load_config(*words).train.max_steps == 7
+def test_steps_and_simulate_are_short_for_options(minimal: str):
+    short = {"--steps": "train.max_steps", "--simulate": "simulate"}
+    words, _ = parse_words(["--config", minimal, "--steps", "7", "--simulate", "step"], "test", short=short)
+    config = load_config(*words)
+    assert config.train.max_steps == 7
+    assert config.simulates("step")
+    assert not config.simulates("teacher")
+    assert load_config([minimal], ["simulate=both"]).simulates("teacher")
+
+
+def test_stand_ins_are_for_the_command_that_trains(minimal: str):
+    with pytest.raises(ConfigError, match=r"simulate=both: .* raykd.train alone"):
+        parse(["--config", minimal, "simulate=both"], "test")
+    with pytest.raises(ConfigError, match=r"simulate=teacher without data.prompts: no teacher is asked"):
+        load_config([minimal], ["simulate=teacher", "data={prompts: null, offline: [{path: rows.jsonl}]}"])
 
 
 def options(model: type[BaseModel]) -> Iterator[tuple[type[BaseModel], str]]:
@@ -289,7 +318,9 @@ OF_CONFIG_ALONE = {
     "TuneConfig.num_trials",  # behind the property `total`
     # behind properties of teacher_serving/config.py: num_threads, gpus_per_actor
     "HfTeacherConfig.threads",
+    "SimulatedTeacherConfig.threads",
     "HfTeacherConfig.num_gpus",
+    "SimulatedTeacherConfig.num_gpus",
     "VllmTeacherConfig.threads",
     "VllmTeacherConfig.num_gpus",
 }

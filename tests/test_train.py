@@ -22,6 +22,7 @@ from raykd.data.sources import PromptSet
 from raykd.tracing import read_metrics
 from raykd.train import main
 from raykd.training.checkpoint import latest_checkpoint, list_checkpoints, read_ledger, read_state
+from tests.completion_server import completion_server
 from tests.conftest import save_student_and_questions
 
 NUM_PROMPTS = 32
@@ -118,10 +119,12 @@ def test_a_run_trains_on_every_prompt_once_and_never_on_held_out_ones(undisturbe
 
 
 @pytest.mark.ray
-def test_a_run_goes_on_when_a_worker_dies(config_file, undisturbed, monkeypatch, tmp_path):
-    monkeypatch.setenv("RAYKD_FAULT", f"worker:exit@step=5;once={tmp_path / 'struck'}")
+def test_a_run_goes_on_when_a_teacher_dies_and_then_a_worker(config_file, undisturbed, monkeypatch, tmp_path):
+    teacher, worker = tmp_path / "teacher", tmp_path / "worker"
+    monkeypatch.setenv("RAYKD_FAULT", f"teacher:exit@batch=2;once={teacher} worker:exit@step=5;once={worker}")
     assert main(["--config", str(config_file), "run.name=worker_died"]) == 0
-    assert (tmp_path / "struck").exists()
+    assert teacher.exists()
+    assert worker.exists()
     assert_same_run(folder_of(config_file, "worker_died"), undisturbed)
 
 
@@ -180,6 +183,56 @@ def test_a_run_goes_on_after_its_driver_was_asked_to_stop_and_then_killed(config
 
     assert main(["--config", str(config_file), name, "--resume"]) == 0
     assert_same_run(run, undisturbed)
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_a_full_disk_ends_a_run_cleanly_and_it_goes_on_once_there_is_room(
+    config_file, undisturbed, monkeypatch, capsys, tmp_path
+):
+    """From step 5 on the worker can write no large file: the checkpoint of step 6 fails."""
+    monkeypatch.setenv("RAYKD_FAULT", f"worker:full_disk@step=5;once={tmp_path / 'struck'}")
+    command = ["--config", str(config_file), "run.name=full_disk"]
+    assert exit_code(lambda: main(command)) == 1
+    run = folder_of(config_file, "full_disk")
+    error = capsys.readouterr().err
+    assert f"{run / 'checkpoints' / 'checkpoint-6'} cannot be written" in error
+    assert "MiB are free there" in error
+    assert "make room and go on with --resume" in error
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["checkpoint-3"]
+    assert main([*command, "--resume"]) == 0
+    assert_same_run(run, undisturbed)
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_a_teacher_that_dies_over_every_prompt_ends_the_run_with_one_message(config_file, undisturbed, monkeypatch, capsys):
+    monkeypatch.setenv("RAYKD_FAULT", "teacher:exit@batch=1")
+    assert exit_code(lambda: main(["--config", str(config_file), "run.name=hopeless", "teacher.max_restarts=1"])) == 1
+    assert "error: a teacher ended 2 times in a row before it had answered anything" in (error := capsys.readouterr().err)
+    assert "teacher.max_restarts=1 allows 1" in error
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_a_worker_that_is_asked_to_end_saves_first(config_file, undisturbed):
+    """SIGTERM, and SIGKILL once the checkpoint is there, as a node that is taken away does it; no step is made twice."""
+    run = folder_of(config_file, "asked_to_end")
+    # The checkpoint that it writes when asked is the only one before the last.
+    driver = start_driver(config_file, "run.name=asked_to_end", "train.checkpoint_every=100", fault="worker:slow@ms=1000")
+    wait_for_step(run, 4, driver)
+    (worker,) = [
+        int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if b"RayTrainWorker" in path.read_bytes()
+    ]
+    os.kill(worker, signal.SIGTERM)
+    while (saved := latest_checkpoint(run)) is None:
+        time.sleep(0.05)
+    os.kill(worker, signal.SIGKILL)
+    assert driver.wait() == 0
+    assert_same_run(run, undisturbed)
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines() if "loss/total" in line]
+    assert saved.name in ("checkpoint-5", "checkpoint-6", "checkpoint-7")
+    assert len(steps) <= len(losses(undisturbed)) + 1
 
 
 @pytest.mark.ray
@@ -286,13 +339,45 @@ def test_a_mixture_goes_on_after_its_driver_was_killed_and_after_a_worker_died(
 
 @pytest.mark.ray
 @pytest.mark.long
-def test_two_workers_and_two_epochs_of_a_mixture_drop_and_repeat_nothing(config_file, ray_cluster):
+def test_two_workers_that_share_a_student_and_two_epochs_of_a_mixture_drop_and_repeat_nothing(config_file, ray_cluster):
     options = ["train.num_workers=2", "train.epochs=2", "train.sequences_per_step=5", offline(config_file, weight=0.5)]
-    assert main(["--config", str(config_file), "run.name=two_mixed", *options]) == 0
+    assert main(["--config", str(config_file), "run.name=two_mixed", "train.parallel_strategy=fsdp", *options]) == 0
     run = folder_of(config_file, "two_mixed")
+    assert len(list((newest(run) / "optimizer").iterdir())) == 2
     ledger = read_ledger(newest(run))
     assert len(np.unique(ledger)) == len(ledger) == 2 * (NUM_PROMPTS + NUM_OFFLINE // 2)
     assert np.isin(train_uids(run), ledger).all()
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_a_run_stops_when_the_budget_of_its_teacher_is_spent_and_goes_on_with_a_larger_one(
+    config_file, tiny_model_path, ray_cluster, capsys
+):
+    """What was answered is trained on and checkpointed; nothing is asked twice, nothing is left out."""
+    with completion_server() as server:
+        config = yaml.safe_load(config_file.read_text())
+        config["teacher"] = {
+            "kind": "http",
+            "address": server.address,
+            "model": "tiny",
+            "tokenizer": str(tiny_model_path),
+            "top_k": 3,
+            "batch_size": 4,
+            "sampling": {"max_tokens": 12},
+            "budget": {"max_tokens": 120},  # a request takes 5 and reserves about 40
+        }
+        file = config_file.with_name("paid.yaml")
+        file.write_text(yaml.safe_dump(config))
+        assert exit_code(lambda: main(["--config", str(file), "run.name=paid"])) == 1
+        assert "some prompts were not asked" in capsys.readouterr().err
+        run = folder_of(config_file, "paid")
+        assert 0 < len(read_ledger(newest(run))) < NUM_PROMPTS
+        command = ["--config", str(file), "run.name=paid", "--resume", "teacher.budget.max_tokens=null"]
+        assert main(command) == 0
+        assert np.array_equal(read_ledger(newest(run)), train_uids(run))
+        asked = [tuple(body["prompt"]) for body in server.asked if body["max_tokens"] > 1]
+        assert len(asked) == len(set(asked)) == NUM_PROMPTS + NUM_HELD_OUT
 
 
 def test_plan_starts_nothing(config_file, capsys):

@@ -29,6 +29,8 @@ from raykd.training.meters import Sums, add_report, mean_losses, to_host
 from raykd.training.reference import with_reference
 from raykd.training.rollouts import KeptRollouts, RolloutRows
 from raykd.training.schedules import learning_rate
+from raykd.training.sharding import clip_gradients
+from raykd.training.simulated import sleep_as_if_trained
 from raykd.training.trainer import Trainer
 from raykd.types import Batch, LossReport
 
@@ -48,6 +50,7 @@ def fit(
     log: Log,
     stop: Callable[[], bool],
     before_step: Callable[[int], None],
+    save_now: Callable[[], bool] = lambda: False,
     rollouts: KeptRollouts | None = None,
 ) -> bool:
     """Train on what the feed yields, from the trainer's step on; leave a checkpoint. Collective.
@@ -56,6 +59,7 @@ def fit(
         log: called on every rank with (step, metrics); only rank 0's is meant to write.
         stop: asked once a step; when any rank says yes, all leave after a checkpoint.
         before_step: called with the number of the step that is about to be made, the first being 1.
+        save_now: asked once a step; when any rank says yes, all write a checkpoint after it.
         rollouts: what the student itself answers to a step's prompts, as micro-batches on top of the step's own.
 
     Returns whether it was stopped, rather than the rows (or train.max_steps) at their end. Errors: NotFiniteError after
@@ -71,14 +75,16 @@ def fit(
         losses = trainer.losses_now()
         measured = trainer.loss_state.measure(batches, losses)
         counted = count_tokens(batches, losses, trainer.context)
-        agreed = trainer.ranks.sum(rows.numbers | sampled.numbers | {"stop": stop()} | counted | measured)
+        asked = {"stop": stop(), "save": save_now()}
+        agreed = trainer.ranks.sum(rows.numbers | sampled.numbers | asked | counted | measured)
         stopped = bool(agreed["stop"])
         if stopped or not agreed["sequences"]:
             break
         before_step(progress.step + 1)
-        smooth_student(trainer, batches or [feed.idle_batch()])
+        batches = _with_idle(trainer, feed, batches)
+        smooth_student(trainer, batches)
         trainer.loss_state = trainer.loss_state.updated(agreed, losses)
-        step(trainer, batches or [feed.idle_batch()], agreed, losses)
+        step(trainer, batches, agreed, losses)
         trainer.recent.append(rows.uid)
         trainer.meters.add_numbers(agreed)
         progress.sequences += int(agreed["sequences"])
@@ -87,6 +93,8 @@ def fit(
         if progress.step == trainer.config.train.log_every:
             _tell_idle(trainer, at_end=False)
         _once_in_a_while(trainer, feed, log, at_end=False)
+        if agreed["save"]:
+            trainer.save()
     _tell_missing(trainer, feed)
     if not stopped and (progress.epoch == trainer.config.train.epochs - 1 or progress.step == limit):
         _tell_idle(trainer, at_end=True)
@@ -117,6 +125,11 @@ def step(trainer: Trainer, batches: list[Batch], counts: Mapping[str, Tensor], l
 
     A loss or gradient that is not finite never reaches the weights: the step is skipped on all ranks alike.
     """
+    if trainer.config.simulates("step"):
+        sleep_as_if_trained(batches, trainer.config.rates.worker_tokens_per_s)
+        trainer.meters.add_losses({})
+        trainer.progress.step += 1
+        return
     world_size = trainer.ranks.world_size
     counts, context = _on_device(trainer, counts, losses), trainer.context_now()
     sums: Sums = {}
@@ -126,8 +139,8 @@ def step(trainer: Trainer, batches: list[Batch], counts: Mapping[str, Tensor], l
             add_report(sums, report)
             # A total that is no number makes every gradient one, and so, once they are added up, the norm on every rank.
             finite = torch.where(torch.isfinite(sums["total"]), 1.0, torch.nan)
-            (report.total * world_size * finite).backward()  # DDP takes the mean over ranks: this makes it the sum
-    grad_norm = torch.nn.utils.clip_grad_norm_(trainer.student.parameters(), trainer.config.train.max_grad_norm)
+            (report.total * world_size * finite).backward()  # DDP and FSDP take the mean over ranks: this makes it the sum
+    grad_norm = clip_gradients(list(trainer.student.parameters()), trainer.config.train.max_grad_norm)
     if torch.isfinite(grad_norm):  # the one time per step that the host waits for the device
         for group in trainer.optimizer.param_groups:
             rate = learning_rate(trainer.progress.step, trainer.num_steps, trainer.config.train)
@@ -152,12 +165,19 @@ def count_tokens(batches: list[Batch], losses: LossConfig, context: LossContext)
 
 def _judged(trainer: Trainer, batches: list[Batch]) -> list[Batch]:
     """The batches with what the frozen student thinks of the pairs in them."""
-    return with_reference(trainer.reference, batches, trainer.autocast()) if trainer.reference is not None else batches
+    if trainer.reference is None:
+        return batches
+    return with_reference(trainer.reference, batches, trainer.autocast(), trainer.num_passes)
+
+
+def _with_idle(trainer: Trainer, feed: Feed, batches: list[Batch]) -> list[Batch]:
+    """The micro-batches and as many idle ones as this rank needs to take part in the collectives: one has each of them."""
+    return batches + [feed.idle_batch() for _ in range(trainer.num_passes(max(1, len(batches))) - len(batches))]
 
 
 def _on_device(trainer: Trainer, counts: Mapping[str, Tensor], losses: LossConfig) -> dict[str, Tensor]:
-    """Counts by term, in one transfer."""
-    together = torch.stack([counts[name] for name in losses.terms]).to(trainer.device, torch.float32)
+    """Counts by term, in one transfer that does not wait for the step before."""
+    together = torch.stack([counts[name] for name in losses.terms]).float().to(trainer.device, non_blocking=True)
     return dict(zip(losses.terms, together.unbind(), strict=True))
 
 
@@ -232,13 +252,15 @@ def validate(trainer: Trainer, feed: Feed) -> dict[str, float]:
 
     Metrics of the heads are rank 0's alone.
     """
+    if trainer.config.simulates("step"):
+        return {}
     batches = _judged(trainer, [batch for table in feed.held_out for batch in feed.batches(table)])
     losses = trainer.losses_now()
     counts = trainer.ranks.sum(count_tokens(batches, losses, trainer.context))
     sums: Sums = {}
     trainer.student.eval()
     on_device, context = _on_device(trainer, counts, losses), trainer.context_now()
-    batches = batches or [feed.idle_batch()]
+    batches = _with_idle(trainer, feed, batches)
     with read_heads(trainer.student) as readings:
         for batch in batches:
             add_report(sums, _forward(trainer, trainer.student, batch, on_device, losses, context))

@@ -81,6 +81,12 @@ def test_micro_batches_and_ranks_change_nothing(student_path, tmp_path):
     assert checkpoint is not None
     assert np.array_equal(read_ledger(checkpoint), np.concatenate([np.arange(4), 1000 + np.arange(4), 2000 + np.arange(4)]))
     assert len(list(checkpoint.glob("rng-*"))) == 2
+    # An elastic run: one worker goes on where two were.
+    more = [*tables, make_rows(16, seed=3)]
+    (one, logged), (fewer, fewer_logged) = (run(pieces, tmp_path / name, more) for name in ("one", "two"))
+    assert (fewer.progress.step, fewer.progress.sequences) == (one.progress.step, one.progress.sequences) == (4, 28)
+    assert losses(fewer_logged) == pytest.approx(losses(logged), rel=1e-4)
+    assert largest_difference(weights(fewer), weights(one)) <= 2e-6
 
 
 @pytest.mark.parametrize("loss", ["kd", "ce_teacher", "tool_name"])
@@ -245,6 +251,14 @@ def test_intervals_and_ends_log_validate_and_save_once(student_path, tmp_path):
     } <= metrics.keys()
     assert {"wait/trainer_s", "speed/student_tokens_per_s", "speed/teacher_tokens_per_s"} <= metrics.keys()
     assert {"accuracy/tool_name", "accuracy/response", "count/kd", "share/kd", "loss/kd"} <= metrics.keys()
+
+
+def test_notice_of_an_early_end_has_a_checkpoint_written_after_the_step_in_hand(student_path, tmp_path):
+    config = make_config(student_path, train={"checkpoint_every": 100, "keep_checkpoints": 9})
+    noticed = iter([False, True, False, False])
+    run(config, tmp_path, [make_rows(32)], save_now=lambda: next(noticed, False))
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
+    assert np.array_equal(read_ledger(list_checkpoints(tmp_path)[0]), np.arange(16))
 
 
 def test_validation_trains_nothing_and_does_not_depend_on_the_micro_batches(student_path, tmp_path):

@@ -23,10 +23,10 @@ from raykd.losses.scored import policy_gradient_loss
 from raykd.sample_config import RolloutConfig
 from raykd.student.generation import Generated, generate
 from raykd.student.model import load_student
-from raykd.training.distributed import rollouts_of, score_in_ray
 from raykd.training.feed import Feed
 from raykd.training.loop import fit
 from raykd.training.rollouts import KeptRollouts, RolloutRows, rollout_examples
+from raykd.training.sampling import rollouts_of, score_in_ray
 from raykd.training.trainer import Trainer, make_trainer
 from raykd.types import EXAMPLE_SCHEMA, Example, Mark, Source
 from tests.training.tiny_run import VOCAB, make_config, make_feed, make_pairs, make_rows, save_student, weights
