@@ -13,14 +13,16 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from teacher_serving.identity import vocabulary_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TOOL_CALL_TOKENS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 """Envelopes of tool calls and results (Hermes, Qwen): part of the text, so decoding without special tokens keeps them."""
@@ -34,6 +36,8 @@ def student_tokenizer(folder: str | Path, new_tokens: Collection[str]) -> PreTra
     """
     if not (Path(folder) / "tokenizer.json").is_file():
         raise ValueError(f"{folder} has no tokenizer.json; expected the folder of a fast tokenizer")
+    from transformers import AutoTokenizer  # two seconds that processes of Ray's without a tokenizer need not take
+
     tokenizer = AutoTokenizer.from_pretrained(folder)
     add_tokens(tokenizer, new_tokens)
     return tokenizer

@@ -16,7 +16,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jinja2 import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from raykd.data.answer_generation import answer_turns, as_messages, up_to_last_answer
 from raykd.data.conversation import Conversation, RowError, json_text, read_conversation
@@ -196,6 +195,8 @@ def _marks_generation(tokenizer: Any, tools: list) -> bool:
 
 
 def _apply_with_marks(tokenizer: Any, messages: list, tools: list) -> tuple[str, list[Span]]:
+    from transformers.utils.chat_template_utils import render_jinja_template  # as in vocabulary.py
+
     try:
         texts, spans = render_jinja_template(
             conversations=[messages],

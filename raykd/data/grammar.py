@@ -15,13 +15,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import xgrammar
 
 from raykd.data.detokenize import token_bytes
 from raykd.data.extractors import ToolCall
+
+if TYPE_CHECKING:
+    import xgrammar  # elsewhere where it is used: with transformers, which it needs, two seconds of every process
 
 _ANYTHING = r"[\s\S]*"
 
@@ -61,6 +63,8 @@ class ToolGrammars:
         for index, token in tokenizer.added_tokens_decoder.items():
             if token.special:
                 pieces[index] = b""  # never legal, whatever it would spell
+        import xgrammar
+
         info = xgrammar.TokenizerInfo(pieces, xgrammar.VocabType.RAW, stop_token_ids=[tokenizer.eos_token_id])
         self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
         self.num_words = -(-len(pieces) // 32)
@@ -68,6 +72,8 @@ class ToolGrammars:
 
     def _compile(self, schema_json: str) -> xgrammar.CompiledGrammar | None:
         """Grammar of a JSON Schema; None where it cannot be expressed."""
+        import xgrammar
+
         try:
             arguments = xgrammar.Grammar.from_json_schema(schema_json, any_order=True)
             return self._compiler.compile_grammar(xgrammar.Grammar.concat(arguments, xgrammar.Grammar.from_regex(_ANYTHING)))
@@ -76,6 +82,8 @@ class ToolGrammars:
 
     def walk(self, grammar: xgrammar.CompiledGrammar, beginning: str, ids: np.ndarray) -> tuple[np.ndarray, int]:
         """Masks [n, W] at the first n of `ids`, written after the text `beginning`; all of them unless one is illegal."""
+        import xgrammar
+
         masks = np.zeros((len(ids), self.num_words), dtype=np.int32)
         matcher = xgrammar.GrammarMatcher(grammar)
         if beginning and not matcher.accept_string(beginning):

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,6 @@ import pyarrow.parquet as pq
 import ray
 from ray.data import ActorPoolStrategy, Dataset
 from ray.exceptions import RayTaskError
-from transformers import PreTrainedTokenizerBase
 
 from raykd.config import Config
 from raykd.data.curriculum import Curriculum
@@ -40,6 +39,9 @@ from raykd.data.uids import epoch_uid
 from raykd.types import EXAMPLE_SCHEMA, Example
 from raykd.vocabulary import backend_of, compare_vocabularies, remap_ids, student_tokenizer
 from teacher_serving.identity import describe, read_text_config, vocabulary_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -168,9 +170,9 @@ def offline_dataset(
     set_data_context(config)
     plan = plan_offline_epoch(config, offline_set, epoch, consumed_uids, beside)
     if not plan.num_rows:
-        return ray.data.from_arrow(EXAMPLE_SCHEMA.empty_table())
+        return ray.data.from_blocks([EXAMPLE_SCHEMA.empty_table()])
     blocks = [plan.slice(start, BLOCK_ROWS).combine_chunks() for start in range(0, plan.num_rows, BLOCK_ROWS)]
-    return ray.data.from_arrow(blocks).map_batches(
+    return ray.data.from_blocks(blocks).map_batches(
         OfflineReader,
         fn_constructor_kwargs={
             "config": config,
@@ -231,12 +233,13 @@ class OfflineReader:
     """The only stage: descriptors to examples in the student's ids. Books rows that gave none."""
 
     def __init__(self, config: Config, rejects: Rejects) -> None:
-        teacher = load_tokenizer(config.teacher.model)
+        teacher = load_tokenizer(config.teacher.tokenizer_folder)
         student = student_tokenizer(config.student.tokenizer_folder, config.student.new_tokens)
         self._match = compare_vocabularies(teacher, student).require()
         self._curriculum = Curriculum.of(config, student)
         self._num_layers = len(config.teacher.hidden_layers)
-        self._hidden_size = read_text_config(Path(config.teacher.model))["hidden_size"]
+        folder = Path(config.teacher.tokenizer_folder)
+        self._hidden_size = read_text_config(folder)["hidden_size"] if self._num_layers else 0
         max_tokens = describe(config.teacher).max_model_len
         pairs = "code_mode_preference" in config.loss.weights
 
@@ -319,8 +322,8 @@ def _index_files(
     `prompts`: those of the run, if some are held out.
     """
     student = student_tokenizer(config.student.tokenizer_folder, config.student.new_tokens)
-    vocabularies = vocabulary_fingerprint(config.teacher.model), _fingerprint(student)
-    of_prompts = [] if prompts is None else [_task(held_out_hashes).remote(prompts, config.teacher.model)]
+    vocabularies = vocabulary_fingerprint(config.teacher.tokenizer_folder), _fingerprint(student)
+    of_prompts = [] if prompts is None else [_task(held_out_hashes).remote(prompts, config.teacher.tokenizer_folder)]
     files = _results([_task(index_file).remote(path, *vocabularies) for path in paths])
     if not num_held_out and not of_prompts:
         return files, []
@@ -343,7 +346,7 @@ def _hash_files(files: Sequence[FileIndex], vocabularies: tuple[str, str], confi
 
 def _hash_rows(path: str, kind: Kind, positions: np.ndarray, config: Config, in_student_ids: bool) -> np.ndarray:
     if not in_student_ids:
-        return prompt_hashes(path, kind, positions, load_tokenizer(config.teacher.model))
+        return prompt_hashes(path, kind, positions, load_tokenizer(config.teacher.tokenizer_folder))
     student = student_tokenizer(config.student.tokenizer_folder, config.student.new_tokens)
     return prompt_hashes(path, kind, positions, student)
 

@@ -5,7 +5,7 @@ Out: a ray.data.Dataset of EXAMPLE_SCHEMA blocks, held-out rows first.
 
 The driver handles descriptors only (which rows of which files); prompts, scores and examples go from actor to actor
 through the object store. What the teacher answered is kept (cache.py); rows found there are read instead of asked for,
-and with all of them there the plan has no teacher. The teacher's lead over the trainer is bounded (LeadPolicy).
+and with all of them there the plan has no teacher. The teacher's lead over the trainer is bounded (lead.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -23,30 +23,30 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
 from ray.data._internal.execution.backpressure_policy import (
     ENABLED_BACKPRESSURE_POLICIES,
     ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
-    BackpressurePolicy,
 )
 
 from raykd.config import Config, LengthStage
 from raykd.data.cache import CacheIndex, TeacherCache
 from raykd.data.curriculum import Curriculum
 from raykd.data.examples import Wanted, build_examples
+from raykd.data.lead import LEAD_KEY, RUN_KEY, TOKEN_KEY, LeadPolicy
 from raykd.data.prompt_rows import load_tokenizer
 from raykd.data.readers import DataError
-from raykd.data.sources import REJECTED_FILE, PromptSet, RowCounts, read_prompt_rows
+from raykd.data.sources import MISTAKE_FILE, REJECTED_FILE, PromptSet, RowCounts, read_prompt_rows
 from raykd.data.uids import epoch_uid
+from raykd.ray_metrics import RayMetrics
 from raykd.types import EXAMPLE_SCHEMA
 from raykd.vocabulary import compare_vocabularies, remap_ids, student_tokenizer
-from teacher_serving.actor import teacher_stage
+from teacher_serving.actor import TIME_SCHEMA, take_keys, teacher_stage
+from teacher_serving.config import HttpTeacherConfig, SeveralTeachersConfig
 from teacher_serving.identity import describe, state_bytes_per_token
-from teacher_serving.types import TEACHER_OUTPUT_SCHEMA
+from teacher_serving.types import NOT_ASKED, TEACHER_OUTPUT_SCHEMA
 
 Stage = Callable[[Dataset], Dataset]
 
 SHUFFLE_WINDOW = 4
 """Part files whose rows are mixed: more mix better and make every block open more files."""
-LEAD_KEY = "raykd.max_lead_bytes"
-GATED_STAGES = ("Teacher", "Prompts", "OfflineReader")
-"""What makes completions, the first that a stream has: names of classes, as they stand in the names of Ray's operators."""
+LEDGER_FILE = "spent.txt"
 
 DESCRIPTOR_SCHEMA = pa.schema(
     [
@@ -75,8 +75,15 @@ def build_dataset(
     `consumed_uids`: int64, uids of this run's ledger (of any epoch, in any order). `environment`: see `teacher_stage`.
     `beside`: the offline rows that the prompts are mixed with.
     """
-    teacher = partial(teacher_stage, config=config.teacher, environment=environment)
-    return example_stream(config, prompt_set, epoch, consumed_uids, teacher, beside)
+    take_keys(config.teacher, environment or {})  # Ray Train makes its datasets in a process that has none
+    return example_stream(config, prompt_set, epoch, consumed_uids, asked(config, prompt_set, environment), beside)
+
+
+def asked(config: Config, prompt_set: PromptSet, environment: Mapping[str, str] | None = None) -> Stage:
+    """The stage of the config's teacher. What one with a budget costs is kept with its answers."""
+    has_budget = isinstance(config.teacher, HttpTeacherConfig | SeveralTeachersConfig)
+    ledger = teacher_cache(config, prompt_set).path / LEDGER_FILE if has_budget else None
+    return partial(teacher_stage, config=config.teacher, environment=environment, ledger=ledger)
 
 
 def example_stream(
@@ -87,7 +94,7 @@ def example_stream(
     teacher: Stage,
     beside: RowCounts = RowCounts(),  # noqa: B008 (frozen)
 ) -> Dataset:
-    """`build_dataset` with the stage that answers the rows given: the place where a benchmark puts a stand-in."""
+    """`build_dataset` with the stage that answers the rows given: the place where a test puts its own."""
     set_data_context(config)
     cache = teacher_cache(config, prompt_set)
     rejects = Rejects.of(prompt_set.folder, prompt_set.counts + beside, config)
@@ -95,7 +102,7 @@ def example_stream(
     if epoch > 0:  # a row that had no answer when the teacher was there is no reason to start it again
         plan = plan.filter(pa.array(~np.isin(plan["uid"].to_numpy(), rejects.uids())))
     if not plan.num_rows:
-        return ray.data.from_arrow(EXAMPLE_SCHEMA.empty_table())
+        return ray.data.from_blocks([EXAMPLE_SCHEMA.empty_table()])
     return answered_stream(config, prompt_set, plan, cache, teacher).map_batches(
         Extractor,
         fn_constructor_kwargs={
@@ -117,15 +124,27 @@ def answered_stream(config: Config, prompt_set: PromptSet, plan: pa.Table, cache
     """
     size = config.teacher.batch_size
     blocks = [plan.slice(start, size).combine_chunks() for start in range(0, plan.num_rows, size)]
-    # As many at a time as extractors: each is a process that loads torch; and so the two are one stage without a teacher.
-    prompts = ray.data.from_arrow(blocks).map_batches(
-        Prompts(prompt_set.folder, cache),
+    # Not from_arrow, which has a task look at each block: where train workers hold the last CPU it would wait for them.
+    descriptors, number = ray.data.from_blocks(blocks), config.data.num_extractors
+    if not plan["cache_file"].null_count:  # tasks, which Ray Data fuses with the extractors behind them
+        return descriptors.map_batches(
+            Prompts(prompt_set.folder, cache),
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=TaskPoolStrategy(size=number),
+            num_cpus=config.data.extractor_cpus,
+        )
+    # Actors: where a node has more processes than CPUs, Ray ends that of a task a second later, and the teacher takes its
+    # time before it asks for the next rows, for which a process would be started anew: two seconds of CPU.
+    prompts = descriptors.map_batches(
+        Prompts,
+        fn_constructor_args=(prompt_set.folder, cache),
         batch_size=None,
         batch_format="pyarrow",
-        compute=TaskPoolStrategy(size=config.data.num_extractors),
-        num_cpus=config.data.extractor_cpus,
+        compute=ActorPoolStrategy(size=number),
+        num_cpus=0,
     )
-    return teacher(prompts) if plan["cache_file"].null_count else prompts
+    return teacher(prompts)
 
 
 def teacher_cache(config: Config, prompt_set: PromptSet) -> TeacherCache:
@@ -146,41 +165,14 @@ def set_data_context(config: Config) -> None:
     context.execution_options.preserve_order = config.data.fixed_order
     token_bytes = bytes_per_token(config.teacher.top_k, state_bytes_per_token(config.teacher))
     context.set_config(LEAD_KEY, config.data.max_lead_tokens * token_bytes)
+    context.set_config(TOKEN_KEY, token_bytes)
+    context.set_config(RUN_KEY, (config.run.name, config.stage))
     context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, LeadPolicy])
 
 
 def bytes_per_token(top_k: int, state_bytes: int = 0) -> int:
     """Bytes of one completion token of an example: K ids and log-probabilities, tail, id, marks, hidden states."""
     return 6 * top_k + 10 + state_bytes
-
-
-class LeadPolicy(BackpressurePolicy):
-    """No new batch for the teacher while too much of its output waits for the trainer.
-
-    Ray Data's own back-pressure keeps the store from overflowing but lets the teacher run ahead by as much as fits.
-    This counts what is alive: output of the teacher and of all stages behind it, up to the blocks that train workers
-    hold, and what the running calls will add. It counts bytes, those of prompts too, so that the lead in tokens stays
-    below the bound. Lives in the process that executes the dataset.
-    """
-
-    def can_add_input(self, op) -> bool:
-        """Whether the stage may start another batch; true for all but the first one that makes completions."""
-        if op is not self._gated():
-            return True
-        limit = self._data_context.get_config(LEAD_KEY)
-        return self._lead_bytes(op) < limit
-
-    def _gated(self):
-        ops = {name: op for op in self._topology for name in GATED_STAGES if name in op.name}
-        return next((ops[name] for name in GATED_STAGES if name in ops), None)
-
-    def _lead_bytes(self, op) -> float:
-        behind, found = 0.0, False
-        for other in self._topology:  # in the order of the stages
-            found = found or other is op
-            if found:
-                behind += self._resource_manager.get_mem_op_outputs(other)
-        return behind + op.metrics.num_tasks_running * (op.metrics.average_bytes_per_output or 0)
 
 
 def planned_steps(num_rows: int, num_mixed: int, epoch: int, per_step: int) -> np.ndarray:
@@ -284,20 +276,42 @@ class Rejects:
     num_rows: int  # of the user's files
     num_rejected: int  # of those, rejected before training began
     limit: float  # data.max_rejected_fraction
+    run: str = ""
+    stage: str = ""
 
     @staticmethod
     def of(folder: str, counts: RowCounts, config: Config) -> Rejects:
         """Those of a run; `folder`: of its prompts or offline rows, `counts`: of all that it has."""
         file = Path(folder).parent / REJECTED_FILE
-        return Rejects(str(file), counts.num_rows, counts.num_rejected, config.data.max_rejected_fraction)
+        limit = config.data.max_rejected_fraction
+        return Rejects(str(file), counts.num_rows, counts.num_rejected, limit, config.run.name, config.stage)
 
     def uids(self) -> np.ndarray:
         """int64, each once: rows that came to nothing with the teacher, however often (a restart tries again)."""
         entries = [json.loads(line) for line in Path(self.file).read_bytes().splitlines()]
         return np.unique(np.array([entry["uid"] for entry in entries if "uid" in entry], np.int64))
 
+    @cached_property
+    def _metrics(self) -> RayMetrics:  # of the process that rejects
+        metrics = RayMetrics(self.run, self.stage)
+        metrics.set("rows/rejected", self.num_rejected)
+        return metrics
+
+    def without_unasked(self, rows: pa.Table) -> pa.Table:
+        """The rows without those that a teacher was not asked for, its budget being spent: they are left for another start.
+
+        The run goes on to the end of what there is, and then ends with the reason.
+        """
+        reasons = [reason.removeprefix("error: ") for reason in rows["finish_reason"].to_pylist()]
+        unasked = np.array([reason.startswith(NOT_ASKED) for reason in reasons], bool)
+        if unasked.any():
+            reason = reasons[int(np.flatnonzero(unasked)[-1])]
+            Path(self.file).with_name(MISTAKE_FILE).write_text(f"some prompts were {reason}", encoding="utf-8")
+        return rows.filter(pa.array(~unasked)).combine_chunks()
+
     def add(self, rows: pa.Table, uids: Sequence[int], reasons: Sequence[str]) -> None:
         """Append those of `rows` with these uids; raise DataError when too large a share of all rows is rejected by now."""
+        self._metrics.add("rows/kept", rows.num_rows - len(uids))
         if not uids:
             return
         key = dict(zip(rows["uid"].to_pylist(), rows["key"].to_pylist(), strict=True))
@@ -308,6 +322,7 @@ class Rejects:
         with open(self.file, "ab", buffering=0) as file:  # one write: lines of several extractors do not mix
             file.write("".join(lines).encode())
         refused = self.num_rejected + len(self.uids())
+        self._metrics.set("rows/rejected", refused)
         if refused > self.limit * self.num_rows:
             raise DataError(
                 f"{refused} of {self.num_rows} rows are unusable, more than data.max_rejected_fraction={self.limit} allows; "
@@ -320,18 +335,20 @@ class Extractor:
     gave no example."""
 
     def __init__(self, config: Config, cache: TeacherCache, rejects: Rejects) -> None:
-        self._tokenizer = load_tokenizer(config.teacher.model)
+        self._tokenizer = load_tokenizer(config.teacher.tokenizer_folder)
         student = student_tokenizer(config.student.tokenizer_folder, config.student.new_tokens)
         self._match = compare_vocabularies(self._tokenizer, student).require()
         self._wanted = Wanted.by(config, self._tokenizer)
         self._curriculum = Curriculum.of(config, student)
         self._cache = cache
         self._rejects = rejects
+        self._metrics = RayMetrics(config.run.name, config.stage)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """A block of EXAMPLE_SCHEMA."""
-        rows = rows.combine_chunks()
+        rows = self._rejects.without_unasked(rows)
         keep_new(rows, self._cache)
+        self._tell(rows)
         examples, rejected = build_examples(rows, self._tokenizer, self._wanted)
         self._rejects.add(rows, rejected["uid"].to_pylist(), rejected["reason"].to_pylist())
         examples = remap_ids(_finish(rows, examples), self._match)
@@ -339,6 +356,15 @@ class Extractor:
             return examples
         step_of = dict(zip(rows["epoch_uid"].to_pylist(), rows["step"].to_pylist(), strict=True))
         return self._curriculum.apply(examples, [step_of[uid] for uid in examples["uid"].to_pylist()])
+
+    def _tell(self, rows: pa.Table) -> None:
+        """What the teacher did for these rows, and how many of them it was not asked for."""
+        times = [name for name in TIME_SCHEMA.names if name in rows.column_names]  # none where all rows are cached
+        new = rows.select(["output_ids", *times]).filter(pa.array(~rows["cached"].to_numpy()))
+        self._metrics.add("rows/cached", rows.num_rows - new.num_rows)
+        self._metrics.add("teacher/tokens", len(new["output_ids"].combine_chunks().flatten()))
+        for name in times:
+            self._metrics.add(name.replace("_", "/", 1), float(new[name].to_numpy().sum()))
 
 
 def keep_new(rows: pa.Table, cache: TeacherCache) -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raykd.data.collate import collate_kd_batch, split_micro_batches
-from raykd.data.examples import example_from_row, examples_to_table
+from raykd.data.examples import build_examples, example_from_row, examples_to_table
 from raykd.types import Example, Mark, SetKind, Source
+from teacher_serving.arrow import Answer, answers_table
+from teacher_serving.types import TeacherInfo
 
 
 def make_example(uid, length, k, rng):
@@ -62,9 +65,26 @@ def test_a_batch_holds_what_its_examples_hold(shapes, seed):
     assert (batch.response_marks & Mark.RESPONSE > 0).all()
 
 
-def test_rows_of_a_sliced_or_chunked_table_collate_alike():
-    import pyarrow as pa
+def test_rows_of_teachers_with_different_k_make_one_batch(demo_tokenizer):
+    """One server allows 3 log-probabilities, one 2, one gives text alone; the tail is that of what came."""
+    prompts = pa.table({"uid": [0], "prompt_ids": pa.array([[5, 6]], pa.list_(pa.int32()))})
+    info = TeacherInfo("t", "f", "v", vocab_size=len(demo_tokenizer), max_model_len=64, eos_token_ids=())
+    ids, logprobs = np.array([[20, 20, 21, 22]], np.int32), np.log(np.array([[0.5, 0.5, 0.25, 0.125]], np.float32))
+    tables = []
+    for k in (3, 2, 0):
+        pieces = ((ids[:, : k + 1], logprobs[:, : k + 1]),) if k else ()
+        tables.append(answers_table(prompts, [Answer(np.array([20], np.int32), pieces, "stop")], info, k, "0"))
+    built = build_examples(pa.concat_tables(tables), demo_tokenizer)
+    assert built.rejected.num_rows == 0
+    batch = collate_kd_batch(built.examples, pad_id=0)
+    assert batch.topk_ids.tolist() == [[20, 21, 22], [20, 21, 0], [0, 0, 0]]
+    expected = [[0.5, 0.25, 0.125], [0.5, 0.25, 0.0], [0.0, 0.0, 0.0]]
+    np.testing.assert_allclose(batch.topk_logprobs.exp(), expected, atol=2e-4)  # of half precision
+    assert batch.log_tail.exp().tolist() == pytest.approx([0.125, 0.25, 1.0])
+    assert batch.has_teacher.tolist() == [True, True, False]
 
+
+def test_rows_of_a_sliced_or_chunked_table_collate_alike():
     rng = np.random.default_rng(0)
     examples = [make_example(i, 4 + i, 2, rng) for i in range(5)]
     table = examples_to_table(examples)
