@@ -1,6 +1,6 @@
 # Every target sets the project up first (scripts/setup.sh; a second time it takes no time).
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo_all losses pipeline tune plan worker kd proc answer qat test test_long lint report bench
+.PHONY: help setup demo demo_all losses pipeline tune plan chaos scale worker kd proc answer qat test test_long lint report bench
 
 PYTHON := .venv/bin/python
 # Settings for a teacher on the CPU and for a quiet local Ray; a real cluster sets its own.
@@ -39,6 +39,12 @@ worker kd proc answer qat: setup ## one stage (scripts/stage.sh): make kd ARGS="
 
 test: setup lint ## ruff, pyright, pytest in two processes (tests/conftest.py says which runs what)
 	@$(PYTHON) -m pytest -n 2 -m "not long"
+
+chaos: setup ## runs that lose workers, teachers, nodes, their driver: bench/chaos.json (half an hour): make chaos ARGS="--seed 3"
+	@$(PYTHON) scripts/chaos.py $(ARGS)
+
+scale: setup ## 1 to 16 simulated teachers, 1 to 8 workers: bench/scale.json (half an hour on 2 cores): make scale ARGS=--quick
+	@$(PYTHON) scripts/bench_scale.py $(ARGS)
 
 test_long: setup ## what takes minutes: a sweep that is killed and goes on, crashes in a run on a mixture
 	@$(PYTHON) -m pytest -m long

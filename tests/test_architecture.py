@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for folder in ("raykd", "teacher_serving") for path in (ROOT / folder).rglob("*.py"))
 
 ROWS = {  # lower rows may not import higher ones; row 2's rooms may not import one another, nor row 3's
-    0: ("raykd/loss_config.py", "raykd/code_version.py"),
-    0.5: ("raykd/sample_config.py", "raykd/stage_config.py", "raykd/tune_config.py"),
+    0: ("raykd/loss_config.py", "raykd/code_version.py", "raykd/ray_metrics.py"),
+    0.5: ("raykd/sample_config.py", "raykd/stage_config.py", "raykd/tune_config.py", "raykd/cluster_config.py"),
     1: ("raykd/types.py", "raykd/config.py", "raykd/vocabulary.py"),
     1.5: ("raykd/config_errors.py",),
     2: ("raykd/data/", "raykd/student/", "raykd/losses/", "raykd/tracing.py", "raykd/demo/", "raykd/cli.py"),
@@ -23,18 +23,20 @@ ROWS = {  # lower rows may not import higher ones; row 2's rooms may not import 
     5: ("raykd/tune.py",),  # a sweep begins as collect does, and its trials are runs of train
 }
 ONLY_IN = {
-    "vllm": ("teacher_serving/vllm_engine.py", "teacher_serving/vllm_states.py", "teacher_serving/vllm_kernels.py"),
-    "ray.train": ("raykd/training/distributed.py", "raykd/train.py", "raykd/tune.py"),
+    "vllm": tuple(f"teacher_serving/vllm_{part}.py" for part in ("engine", "arrays", "states", "kernels")),
+    "ray.train": ("raykd/training/distributed.py", "raykd/training/worker.py", "raykd/train.py", "raykd/tune.py"),
     "ray.tune": ("raykd/tune.py",),
+    "ray.serve": tuple(f"teacher_serving/{part}.py" for part in ("serve", "gateway", "served_client")),
+    "starlette": ("teacher_serving/gateway.py",),
     "optuna": ("raykd/training/search_space.py",),
     "ray.data": (
         "raykd/data/stream.py",
+        "raykd/data/lead.py",
         "raykd/data/offline_stream.py",
         "raykd/data/sources.py",
         "teacher_serving/actor.py",
         "raykd/collect.py",
     ),
-    "triton": ("raykd/losses/head_triton.py",),
     "wandb": ("raykd/tracing.py",),
     "tensorboard": ("raykd/tracing.py",),
     "torch.utils.tensorboard": ("raykd/tracing.py",),
@@ -50,6 +52,7 @@ WITHOUT_RAY_AND_VLLM = (
     "raykd/sample_config.py",
     "raykd/stage_config.py",
     "raykd/tune_config.py",
+    "raykd/cluster_config.py",
 )
 
 
