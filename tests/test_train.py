@@ -130,7 +130,7 @@ def test_a_run_goes_on_when_a_teacher_dies_and_then_a_worker(config_file, undist
 
 @pytest.mark.ray
 @pytest.mark.vllm
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_goes_on_when_the_process_of_its_teachers_engine_is_killed(config_file, undisturbed, monkeypatch, tmp_path):
     """The engine is in a process of its own, which dies in mid-stream: its actor ends, a new one answers the same block."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
