@@ -7,8 +7,9 @@ label pool=teacher, two with pool=trainer, on which the pools are placed. Teache
 rates say; prompts, payload (K = 64), extractors, stream, collate and ledger are real. Counted is a window of seconds that
 begins ten seconds after every teacher has started.
 
-Weak scaling: completion tokens per second and teacher (or worker), divided by those of one. Two series: teachers before one
-worker that takes all it gets; and workers, each with two teachers that could write 1.4 times what it takes.
+Weak scaling: completion tokens per second and teacher (or worker), divided by those of one, and by what steps of several
+workers allow: each waits for the one with the most tokens (`even_steps`). Two series: teachers before one worker that takes
+all it gets; and workers, each with two teachers that could write 1.4 times what it takes.
 CPU time is that of the driver and of the actor that executes the stream (Ray's SplitCoordinator), for each batch of 8
 sequences.
 Before that each stage is timed alone, in this process: CPU time and bytes for each completion token.
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import tempfile
 import time
 from collections import Counter
@@ -49,6 +51,7 @@ from raykd.train import main as train
 from raykd.training.distributed import STOP_FILE
 from teacher_serving.actor import BusyClock, answer_block
 from teacher_serving.connect import connect
+from teacher_serving.simulated import LENGTH_SPREAD
 
 ROOT = Path(__file__).parents[1]
 TOP_K = 64
@@ -88,6 +91,7 @@ class Measured:
     in_pool: int  # teachers and workers on a node of their pool
     cache_bytes_per_token: float  # on disk
     efficiency: float = 0.0
+    even_steps: float = 1.0
 
     @property
     def per_unit(self) -> float:
@@ -120,7 +124,8 @@ def main() -> None:
                 print(measured[-1], flush=True)
     for point in measured:
         first = next(other for other in measured if other.setting.series == point.setting.series)
-        point.efficiency = point.per_unit / first.per_unit
+        point.even_steps = even_steps(point.setting.workers, prompt_tokens)
+        point.efficiency = point.per_unit / first.per_unit / point.even_steps
     bound = LEAD_OF_A_TEACHER * bytes_per_token(TOP_K) / 1e6
     show(measured, args.rate, bound)
     result = {
@@ -275,6 +280,14 @@ def measure(setting: Setting, scratch: Path, cluster: Cluster, rate: float, seco
     )
 
 
+def even_steps(num_workers: int, prompt_tokens: float) -> float:
+    """Mean share of a step in which a worker has something to do, lengths being drawn as the simulated teacher does."""
+    mu = math.log(RESPONSE_TOKENS) - LENGTH_SPREAD**2 / 2
+    lengths = np.random.default_rng(0).lognormal(mu, LENGTH_SPREAD, (10_000, num_workers, ROWS)) + prompt_tokens
+    tokens = lengths.sum(-1)
+    return float(tokens.mean() / tokens.max(-1).mean())
+
+
 @dataclass(frozen=True)
 class Reading:
     """The clocks of a run at one moment."""
@@ -338,13 +351,22 @@ def cache_bytes_per_token(run: Path) -> float:
 def show(measured: list[Measured], rate: float, bound_mb: float) -> None:
     """Print the table."""
     print(f"\na teacher writes {rate:g} tokens a second; a batch is {ROWS} sequences of {RESPONSE_TOKENS} tokens")
-    print("teachers workers  tokens/s  efficiency  driver ms  coordinator ms  store MB  cores busy  start s  in pool")
+    head = (
+        "teachers workers  tokens/s",
+        "even steps",
+        "efficiency",
+        "driver ms",
+        "coordinator ms",
+        "store MB",
+        "cores busy",
+    )
+    print(*head, "start s", "in pool", sep="  ")
     for point in measured:
         teachers, workers = point.setting.teachers, point.setting.workers
         print(
-            f"{teachers:8d} {workers:7d} {point.tokens_per_s:9.0f} {point.efficiency:11.3f} {point.driver_ms:10.1f} "
-            f"{point.coordinator_ms:15.1f} {point.peak_store_mb:9.1f} {point.cores_busy:11.2f} {point.start_s:8.0f} "
-            f"{point.in_pool:4d} of {teachers + workers}"
+            f"{teachers:8d} {workers:7d} {point.tokens_per_s:9.0f} {point.even_steps:11.3f} {point.efficiency:11.3f} "
+            f"{point.driver_ms:10.1f} {point.coordinator_ms:15.1f} {point.peak_store_mb:9.1f} {point.cores_busy:11.2f} "
+            f"{point.start_s:8.0f} {point.in_pool:4d} of {teachers + workers}"
         )
     print(f"CPU times are for each batch; the teachers' lead is bounded to {bound_mb:.1f} MB for each of them")
     disk = sum(point.cache_bytes_per_token for point in measured) / len(measured)
