@@ -230,7 +230,8 @@ def test_a_worker_that_is_asked_to_end_saves_first(config_file, undisturbed):
     os.kill(worker, signal.SIGKILL)
     assert driver.wait() == 0
     assert_same_run(run, undisturbed)
-    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines() if "loss/total" in line]
+    entries = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    steps = [entry["step"] for entry in entries if "loss/total" in entry]
     assert saved.name in ("checkpoint-5", "checkpoint-6", "checkpoint-7")
     assert len(steps) <= len(losses(undisturbed)) + 1
 
