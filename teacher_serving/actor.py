@@ -10,6 +10,7 @@ Out: the other columns, those of TEACHER_OUTPUT_SCHEMA, and two times of the row
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -107,7 +108,7 @@ class TeacherActor:
         self._teacher = connect(config, ledger=ledger)
         self._teacher.probe()
         self._busy = BusyClock()
-        self._num_calls = 0
+        self._calls = itertools.count(1)  # counts right on several threads
         self._faults = [planned_fault("teacher", action) for action in ("exit", "engine_kill")]
         self._delay_s = planned_delay("teacher")
 
@@ -128,10 +129,10 @@ class TeacherActor:
         return answers
 
     def _fail_on_purpose(self) -> None:
-        self._num_calls += 1
+        number = next(self._calls)
         time.sleep(self._delay_s)
         for fault in self._faults:
-            if fault is None or not fault.strikes(batch=self._num_calls):
+            if fault is None or not fault.strikes(batch=number):
                 continue
             if fault.action == "exit":
                 os._exit(1)

@@ -10,6 +10,7 @@ engine is dead ends, and Ray Serve starts another: the requests it was at are ma
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import time
@@ -41,7 +42,7 @@ class TeacherReplica:
         assert isinstance(engine, Engine), f"{type(engine).__name__} takes no settings of its clients"
         self._engine = engine
         self._engine.probe()
-        self._num_calls = 0
+        self._calls = itertools.count(1)  # counts right on several threads
         self._fault = planned_fault("teacher", "exit")
         keys = ("teacher", "method")
         self._requests = Counter("raykd_served_requests", "Requests answered.", tag_keys=keys)
@@ -91,8 +92,8 @@ class TeacherReplica:
         request = request or self._config.request
         info = self.describe(request)
         began = time.monotonic()
-        self._num_calls += 1
-        if self._fault is not None and self._fault.strikes(batch=self._num_calls):
+        number = next(self._calls)
+        if self._fault is not None and self._fault.strikes(batch=number):
             os._exit(1)
         try:
             answers = ask(rows, request)

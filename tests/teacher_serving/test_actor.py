@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
 
@@ -11,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from teacher_serving.actor import BusyClock, answer_block, teacher_stage
+from teacher_serving.actor import BusyClock, TeacherActor, answer_block, teacher_stage
 from teacher_serving.config import HfTeacherConfig, SamplingConfig
 from teacher_serving.connect import connect
-from teacher_serving.faults import VARIABLE
+from teacher_serving.faults import VARIABLE, Fault
 from teacher_serving.types import TEACHER_OUTPUT_SCHEMA, Teacher
 
 
@@ -96,6 +98,7 @@ def test_busy_and_idle_time_are_dealt_out_once_however_calls_overlap():
 
 def test_an_actor_whose_engine_is_dead_ends_its_process_at_once():
     program = """
+import itertools
 from types import SimpleNamespace
 import pyarrow as pa
 from teacher_serving.actor import BusyClock, TeacherActor
@@ -106,7 +109,7 @@ class Dead:
         raise TeacherDeadError("killed")
 
 actor = TeacherActor.__new__(TeacherActor)
-actor._teacher, actor._busy, actor._num_calls, actor._faults, actor._delay_s = Dead(), BusyClock(), 0, [], 0.0
+actor._teacher, actor._busy, actor._calls, actor._faults, actor._delay_s = Dead(), BusyClock(), itertools.count(1), [], 0.0
 actor._life = SimpleNamespace(is_hopeless=False, ends=print)
 try:
     actor(pa.table({"uid": [1], "prompt_ids": [[1]]}))
@@ -117,6 +120,24 @@ finally:
     assert ended.returncode == 1
     assert "its engine is dead: killed" in ended.stderr
     assert "still here" not in ended.stdout
+
+
+def test_every_call_has_its_number_for_planned_faults_though_calls_overlap():
+    numbers = []
+
+    class Noted:
+        action = "exit"
+
+        def strikes(self, batch: int) -> bool:
+            numbers.append(batch)
+            return False
+
+    actor = TeacherActor.__new__(TeacherActor)
+    actor._calls, actor._delay_s = itertools.count(1), 0.05
+    actor._faults = cast("list[Fault | None]", [Noted()])
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: actor._fail_on_purpose(), range(8)))
+    assert sorted(numbers) == list(range(1, 9))
 
 
 @pytest.mark.ray
