@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -70,10 +71,9 @@ def main() -> None:
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": root}})
     config = check_cluster(ServeConfig(teacher=engine))
     start(config, None)
-    own = ray.remote(Own).options(  # type: ignore[attr-defined]
-        max_concurrency=CALLS, runtime_env={"env_vars": cpu_environment(config.teacher) if has_no_gpu(config) else {}}
-    )
-    actor = own.remote(config.teacher)
+    variables = cpu_environment(config.teacher) if has_no_gpu(config) else {}
+    options: dict[str, Any] = {"max_concurrency": CALLS, "runtime_env": {"env_vars": variables}}
+    actor = ray.remote(**options)(Own).remote(config.teacher)
     common = {"tokenizer": str(args.model), "top_k": K, "sampling": sampling}
     by_handle = connect(ServedTeacherConfig(app=config.app, **common))
     by_http = connect(ServedTeacherConfig(address=address_of(config), **common))

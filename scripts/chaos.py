@@ -79,7 +79,7 @@ KINDS = {
     "node, driver": Kind(("node", "driver")),
     "worker of two, node": Kind(("worker", "node"), TWO),
     # Time to go on with one worker from a checkpoint, and with two again once there is a second node.
-    "node, elastic": Kind(("node",), ELASTIC, "worker:slow@ms=2500 " + SLOW, range(6, 8)),
+    "node, elastic": Kind(("worker's node",), ELASTIC, "worker:slow@ms=2500 " + SLOW, range(6, 8)),
     "controller": Kind(("controller",)),
     "coordinator": Kind(("coordinator",)),
     # Their only checkpoint before the last is what a notice has them write.
@@ -88,7 +88,7 @@ KINDS = {
     "object stores full": Kind(("stores",)),
     "one teacher slow": Kind((), (), "teacher:slow@ms=5000;once={once} " + SLOW),
 }
-NODES = ("node", "raylet", "announced node")
+NODES = ("node", "worker's node", "raylet", "announced node")
 NOTICE_S = 10  # from the announcement to the end of a node; half of it from SIGTERM to the end of a worker
 TITLES = {
     "worker": "RayTrainWorker",
@@ -241,8 +241,8 @@ def play(schedule: Schedule, config: Path, nodes: Nodes, seed: int, deadline_s: 
             kill_times.append(time.time())
             step, saved = max([0, *(entry["step"] for entry in run.entries())]), latest_checkpoint(run.folder)
             outcome.killed.append(f"{victim} at step {step}, {saved.name if saved else 'no checkpoint'}")
-            if planned.target == "asked worker" and saved is None:
-                outcome.problems.append("no checkpoint was written when the worker was asked to end")
+            if planned.target in ("asked worker", "announced node") and saved is None:
+                outcome.problems.append(f"no checkpoint was written by the end of the {planned.target}")
             if planned.target in NODES and schedule.replace_after_s is not None:
                 replace_at = time.monotonic() + schedule.replace_after_s
     if kill_times and KINDS[schedule.kind].words == ELASTIC:  # not before it goes on with fewer workers
@@ -291,8 +291,10 @@ def strike(target: str, run: Run, nodes: Nodes, rng: random.Random, deadline: fl
         run.start(*(["--resume"] if (run.folder / "config.yaml").exists() else []))
         return "driver"
     if target in NODES:
-        node = nodes.announce(rng, NOTICE_S) if target == "announced node" else rng.choice(nodes.nodes)
+        trains = [] if target == "node" else nodes.with_process(TITLES["worker"])
+        node = rng.choice(trains or nodes.nodes)
         if target == "announced node":
+            nodes.announce(node, NOTICE_S)
             wait_until(run.is_over, time.monotonic() + NOTICE_S)
         nodes.kill(node, with_processes=target != "raylet")
         return f"{target} of {CPUS_OF_A_NODE} CPUs"

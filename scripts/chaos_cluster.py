@@ -6,7 +6,6 @@ In:  nothing. Out: `Nodes`, a cluster that loses nodes and gets new ones; the pr
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -64,14 +63,20 @@ class Nodes:
             kill(pid)
         self._cluster.remove_node(node, allow_graceful=False)
 
-    def announce(self, rng: random.Random, seconds: int) -> Any:
-        """A node drawn at random is told that it will be taken away in so many seconds, as a spot machine is."""
-        node = rng.choice(self.nodes)
+    def with_process(self, word: str) -> list[Any]:
+        """Nodes on which a process runs whose title has the word."""
+        return [
+            node
+            for node in self.nodes
+            if any(word in title for title in descendants(node.all_processes["raylet"][0].process.pid).values())
+        ]
+
+    def announce(self, node: Any, seconds: int) -> None:
+        """A node is told that it will be taken away in so many seconds, as a spot machine is."""
         ray = Path(sys.executable).with_name("ray")
         command = f"drain-node --address {self.address} --node-id {node.node_id} --reason DRAIN_NODE_REASON_PREEMPTION"
         words = [*command.split(), "--reason-message", "taken back", "--deadline-remaining-seconds", str(seconds)]
         subprocess.run([ray, *words], check=True, capture_output=True)
-        return node
 
     def fill_stores(self) -> subprocess.Popen[bytes]:
         """Take nine tenths of every node's object store; given back with the process."""

@@ -50,7 +50,7 @@ class NoAnswerError(Exception):
 class Endpoint:
     """A client of one API. Thread-safe where `run` is used; close it when done."""
 
-    def __init__(self, config: HttpTeacherConfig, ledger: Path | None = None, clock: Clock = Clock()) -> None:  # noqa: B008
+    def __init__(self, config: HttpTeacherConfig, ledger: Path | None = None, clock: Clock = Clock()) -> None:  # noqa: B008 (frozen)
         self._config = config
         self._address = config.address.rstrip("/")
         self._key = read_key(config.api_key_env, "teacher.api_key_env")

@@ -41,7 +41,7 @@ class HttpTeacher:
         config: HttpTeacherConfig,
         info: TeacherInfo,
         ledger: Path | None = None,
-        clock: Clock = Clock(),  # noqa: B008
+        clock: Clock = Clock(),  # noqa: B008 (frozen)
     ) -> None:
         """`ledger`: where actors and runs that share a budget write what they spend.
 

@@ -37,7 +37,7 @@ class ApiError(ValueError):
 class Tokenizer(Protocol):
     """What is used of a Hugging Face tokenizer."""
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
 
@@ -120,13 +120,10 @@ class Asked:
 def read_completion(body: Any, service: Service, tokenizer: Tokenizer, fresh_seed: int) -> Asked:
     """A request for completions. `fresh_seed`: for one that samples and names no seed. Errors: ApiError."""
     parsed = _parsed(CompletionBody, body)
-    given = parsed.prompt
-    if isinstance(given, str):
-        prompts = [tokenizer.encode(given)]
-    elif given and isinstance(given[0], int):
-        prompts = [[int(token) for token in given if isinstance(token, int)]]
-    else:
-        prompts = [tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in given]  # type: ignore[arg-type]
+    given: Any = parsed.prompt
+    if isinstance(given, str) or (given and isinstance(given[0], int)):  # one text, or the tokens of one
+        given = [given]
+    prompts = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in given]
     return _asked(parsed, prompts, parsed.logprobs, parsed.max_tokens, service, fresh_seed)
 
 
@@ -145,7 +142,7 @@ def read_chat(body: Any, service: Service, tokenizer: Tokenizer, fresh_seed: int
         )
     except Exception as error:  # a template is a program of the model's: whatever it stumbles over is in the messages
         raise ApiError(400, f"messages: the model's chat template refuses them: {type(error).__name__}: {error}") from None
-    prompt = tokenizer.encode(rendered, add_special_tokens=False)  # type: ignore[call-arg]
+    prompt = tokenizer.encode(rendered, add_special_tokens=False)
     num_logprobs = (parsed.top_logprobs or 0) if parsed.logprobs else None
     return _asked(parsed, [prompt], num_logprobs, parsed.max_completion_tokens or parsed.max_tokens, service, fresh_seed)
 

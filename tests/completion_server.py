@@ -13,6 +13,10 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow as pa
+
+KEY = "sk-a-secret"
 MODELS = {"object": "list", "data": [{"id": "tiny", "object": "model", "owned_by": "vllm", "max_model_len": 64}]}
 OUTPUT_IDS = [212, 222]
 TEXT = "ab"
@@ -129,3 +133,12 @@ def completion_server() -> Iterator[CompletionServer]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def prompts(num_rows: int, length: int = 3) -> pa.Table:
+    ids = [list(range(5, 5 + length))] * num_rows
+    return pa.table({"uid": np.arange(num_rows), "prompt_ids": pa.array(ids, pa.list_(pa.int32()))})
+
+
+def reasons(table: pa.Table) -> list[str]:
+    return table["finish_reason"].to_pylist()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from ray.serve.config import AutoscalingConfig
 
 from teacher_serving import serve
 from teacher_serving.config import RequestConfig, ServedTeacherConfig, VllmTeacherConfig
@@ -17,18 +18,22 @@ ROOT = Path(__file__).parents[2]
 ENGINE = {"kind": "hf", "model": "m"}
 
 
+def serve_config(**options: Any) -> ServeConfig:
+    return ServeConfig.model_validate({"teacher": ENGINE} | options)
+
+
 def test_whoever_is_not_on_this_machine_needs_a_key():
     for host in ("127.0.0.1", "::1", "localhost", "127.3.4.5"):
-        assert ServeConfig(teacher=ENGINE, host=host).api_key_env is None  # type: ignore[arg-type]
+        assert serve_config(host=host).api_key_env is None
     for host in ("0.0.0.0", "::", "10.0.0.3", "node.example.org"):
         with pytest.raises(ValidationError, match=f"host={host} without api_key_env"):
-            ServeConfig(teacher=ENGINE, host=host)  # type: ignore[arg-type]
-        assert ServeConfig(teacher=ENGINE, host=host, api_key_env="KEY").host == host  # type: ignore[arg-type]
+            serve_config(host=host)
+        assert serve_config(host=host, api_key_env="KEY").host == host
 
 
 def test_what_has_no_effect_is_refused():
     with pytest.raises(ValidationError, match="does not ship hidden states"):
-        ServeConfig(teacher=ENGINE | {"hidden_layers": [1]})  # type: ignore[arg-type]
+        serve_config(teacher=ENGINE | {"hidden_layers": [1]})
     refused: list[tuple[dict[str, Any], str]] = [
         ({}, "expected one of the two"),
         ({"app": "a", "address": "http://h:1"}, "expected one of the two"),
@@ -45,7 +50,8 @@ def test_what_has_no_effect_is_refused():
 def test_an_engine_is_added_when_those_there_are_full():
     few = ServeConfig(teacher=VllmTeacherConfig(model="m", max_num_seqs=64, batch_size=16, num_replicas=1, max_replicas=3))
     load_of = serve.scale(few)["autoscaling_config"]
-    assert (load_of.min_replicas, load_of.max_replicas, load_of.target_ongoing_requests) == (1, 3, 4.0)  # type: ignore[attr-defined]
+    assert isinstance(load_of, AutoscalingConfig)
+    assert (load_of.min_replicas, load_of.max_replicas, load_of.target_ongoing_requests) == (1, 3, 4.0)
     assert serve.scale(ServeConfig(teacher=VllmTeacherConfig(model="m", num_replicas=2))) == {"num_replicas": 2}
 
 
@@ -90,5 +96,5 @@ def test_the_command_refuses_before_ray_starts(tmp_path: Path, tiny_model_path: 
 
 
 def test_addresses_are_urls():
-    assert serve.address_of(ServeConfig(teacher=ENGINE, port=81, route="/big")) == "http://127.0.0.1:81/big"  # type: ignore[arg-type]
-    assert serve.address_of(ServeConfig(teacher=ENGINE, host="::1")) == "http://[::1]:8000"  # type: ignore[arg-type]
+    assert serve.address_of(serve_config(port=81, route="/big")) == "http://127.0.0.1:81/big"
+    assert serve.address_of(serve_config(host="::1")) == "http://[::1]:8000"
